@@ -1,0 +1,45 @@
+"""What the autograd Functions of the operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def backward_of(function: type[torch.autograd.Function], op: Callable[..., Any], *args: Any) -> Any:
+    """Calls a backward operator: through its own autograd Function where a double backward may follow, plainly elsewhere.
+
+    torch.compile has no double backward and does not trace a Function inside the backward of another.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return op(*args)
+    return function.apply(*args)
+
+
+def reference_double_backward(
+    reference: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
+    grad_grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Derivative of an operator's backward, by autograd through the operator's reference.
+
+    The backward maps (grad_outputs, inputs) to the gradients of the inputs; given `grad_grads`, the gradients of those, this
+    returns the gradients of (*grad_outputs, *inputs). Second derivatives are rare: readable beats fast.
+    """
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (*grad_outputs, *inputs)]
+        outer, inner = leaves[: len(grad_outputs)], leaves[len(grad_outputs) :]
+        # An output that depends on no input (the log-det of the unit law) has no derivative to add.
+        live = [(out, g) for out, g in zip(reference(*inner), outer, strict=True) if out.requires_grad]
+        first = torch.autograd.grad(
+            [out for out, _ in live], inner, [g for _, g in live], create_graph=True, allow_unused=True
+        )
+        wanted = [(g, gg) for g, gg in zip(first, grad_grads, strict=True) if g is not None and gg is not None]
+        wanted = [(g, gg) for g, gg in wanted if g.requires_grad]
+    if not wanted:
+        return (None,) * len(leaves)
+    return torch.autograd.grad([g for g, _ in wanted], leaves, [gg for _, gg in wanted], allow_unused=True)

@@ -1,0 +1,73 @@
+"""Which implementation runs: `use_backend`, `available_backends`, and why one is missing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from flowkernels import _library
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+class _State(threading.local):
+    """One choice per thread, so that a thread that compares backends does not change what others run."""
+
+    name = "auto"
+
+
+_state = _State()
+
+
+def backend() -> str:
+    """The backend that `use_backend` has chosen in this thread, ``"auto"`` outside of it."""
+    return _state.name
+
+
+def runs_reference(x: Tensor) -> bool:
+    """Whether an operator called on `x` runs as its reference: because that was asked for, or nothing else is built."""
+    if _state.name != "auto":
+        return _state.name == "reference"
+    return x.device.type != "cpu" or not _library.is_built()
+
+
+def why_unavailable(name: str) -> str | None:
+    """Why backend `name` cannot be had here, or None if it can."""
+    if name in ("auto", "reference"):
+        return None
+    if name == "cpu":
+        return _library.load_error
+    if name == "triton":
+        return "flowkernels has no Triton kernels yet"
+    return "flowkernels has no CUDA kernels yet"
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that work on this machine, the reference first."""
+    return tuple(name for name in NAMES if name != "auto" and why_unavailable(name) is None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every operator of this thread on backend `name` inside the ``with`` block.
+
+    `name` is one of ``"auto"`` (the fastest that is there for the tensors' device), ``"reference"`` (plain PyTorch, the
+    truth), ``"cpu"``, ``"triton"``, ``"cuda"``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that cannot be had here, with the reason.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    reason = why_unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    before, _state.name = _state.name, name
+    try:
+        yield
+    finally:
+        _state.name = before

@@ -1,0 +1,71 @@
+"""Gradients of affine_coupling: everything is recomputed from the inputs, nothing but them is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._autograd import backward_of, reference_double_backward
+from flowkernels._library import operator, vmap_rows
+from flowkernels.ops.affine_coupling import reference
+
+_OPTIONS = "int law, float[] law_parameters, int form, bool inverse"
+
+forward_op = operator(
+    f"affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference.affine_coupling,
+    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 2, 2, 1, None, None, None, None)),
+)
+backward_op = operator(
+    "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor shift, Tensor scale, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    reference.affine_coupling_backward,
+    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 2, 2, None, None, None, None)),
+)
+
+
+class AffineCoupling(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        y, logdet = forward_op(*args)
+        return y, logdet
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, shift, scale, logdet, *ctx.options = inputs
+        ctx.save_for_backward(x, shift, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:  # type: ignore[override]
+        inputs = (grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options)
+        grads = backward_of(AffineCouplingBackward, backward_op, *inputs)
+        return *grads, grad_logdet if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
+class AffineCouplingBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grad_x, grad_shift, grad_scale = backward_op(*args)
+        return grad_x, grad_shift, grad_scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
+        grad_y, grad_logdet, *inputs = ctx.saved_tensors
+        grads = reference_double_backward(
+            lambda x, shift, scale: reference.affine_coupling(x, shift, scale, None, *ctx.options),
+            inputs,
+            (grad_y, grad_logdet),
+            grad_grads,
+        )
+        return *grads, None, None, None, None
