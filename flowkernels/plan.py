@@ -8,14 +8,11 @@ degrees, so any order, any degrees, residual connections and graphs that allow s
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from flowkernels.ops.maf.autograd import pack_op
 
 ACTIVATIONS = ("identity", "relu", "tanh", "elu", "silu", "leaky_relu", "gelu", "sigmoid", "softplus")
 
@@ -71,7 +68,7 @@ class Plan:
         self.features = self.masks[0].shape[1]
         self._find_times()
         self._build_tables()
-        self._packs: dict[bool, _Pack] = {}
+        self.packs: dict[bool, Any] = {}  # of flowkernels/ops/maf/pack.py
         self._on_device: dict[torch.device, tuple[tuple[Tensor, Tensor], list[Tensor]]] = {}
 
     def _check(self) -> None:
@@ -302,28 +299,6 @@ class Plan:
             self._on_device[device] = (tables, [m.to(device) for m in self.masks])
         return self._on_device[device]
 
-    def packed(self, parameters: Sequence[Tensor], *, backward: bool = False) -> Tensor:
-        """The weights in the order of the plan's table; packed again whenever a parameter has changed."""
-        device = parameters[0].device
-        tables, masks = self.tables(device), self.masks_on(device)
-        size = self.packed_sizes[backward]
-
-        def pack() -> Tensor:
-            with torch.no_grad():
-                return pack_op(list(parameters), masks, tables[backward], size)
-
-        if torch.compiler.is_compiling() or any(map(_is_wrapped, parameters)):
-            return pack()
-        key = tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
-        found = self._packs.get(backward)
-        if found is not None and found.key == key and all(
-            ref() is p for ref, p in zip(found.owners, parameters, strict=True)
-        ):
-            return found.packed
-        packed = pack()
-        self._packs[backward] = _Pack(key, parameters, packed)
-        return packed
-
     @property
     def context_width(self) -> int:
         """Columns of all context terms together."""
@@ -342,25 +317,13 @@ class Plan:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        return self  # A plan never changes; its cache is keyed on the parameters that it packed.
+        copy = object.__new__(Plan)
+        copy.__dict__ = {**self.__dict__, "packs": {}}  # A plan never changes, but each owner packs its own weights.
+        return copy
 
     def __repr__(self) -> str:
         widths = ", ".join(str(m.shape[0]) for m in self.masks[:-1])
         return f"Plan(features={self.features}, hidden=({widths}), steps={self.steps})"
-
-
-class _Pack:
-    """Packed weights and what they were packed from.
-
-    A parameter is the same as before if it is the same object with the same version (every in-place change counts it up) at
-    the same address. The storages are held, so that no new memory can come to lie at an old address.
-    """
-
-    def __init__(self, key: Any, parameters: Sequence[Tensor], packed: Tensor) -> None:
-        self.key = key
-        self.owners = [weakref.ref(p) for p in parameters]
-        self.storages = [p.untyped_storage() for p in parameters]
-        self.packed = packed
 
 
 class _Layer:
@@ -379,11 +342,6 @@ CANONICAL = ("shift", "scale")
 
 def _canonical_rank(name: str) -> int:
     return CANONICAL.index(name) if name in CANONICAL else len(CANONICAL)
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether functorch or a tensor subclass stands between us and the memory: then nothing may be remembered."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _rebuild(masks: Sequence[Tensor], options: dict[str, Any]) -> Plan:

@@ -32,26 +32,9 @@ void pack(const Net& net, const std::vector<Tensor>& parameters, const std::vect
     const Tensor weights = torch::stable::contiguous(parameters[2 * layer.weight]);
     const T* weight = static_cast<const T*>(weights.const_data_ptr());
     const bool* mask = static_cast<const bool*>(masks[layer.weight].const_data_ptr());
-    const int64_t* columns = net.column_perm(l);
-    const int64_t row_stride = layer.transposed ? 1 : layer.weight_columns;
-    const int64_t column_stride = layer.transposed ? layer.weight_columns : 1;
-    torch::stable::parallel_for(0, layer.panels, std::max<int64_t>(1, 65536 / (kPanelRows * layer.columns + 1)),
-                                [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Panel& p = layer.panel[i];
-        T* to = packed + p.offset;
-        for (int64_t r = 0; r < p.height; ++r) {
-          if (r >= p.rows) {
-            for (int64_t k = 0; k < p.depth; ++k) to[k * p.height + r] = T(0);
-            continue;
-          }
-          const int64_t row = layer.perm[p.row + r] * row_stride;
-          for (int64_t k = 0; k < p.depth; ++k) {
-            const int64_t at = row + columns[k] * column_stride;
-            to[k * p.height + r] = mask[at] ? weight[at] : T(0);
-          }
-        }
-      }
+    torch::stable::parallel_for(0, layer.panels, pack_grain(layer), [&](int64_t begin, int64_t end) {
+      pack_panels(layer, net.column_perm(l), begin, end, weight, packed,
+                  [&](int64_t, int64_t, int64_t at) { return mask[at]; });
     });
     if (layer.bias >= 0) {
       const Tensor biases = torch::stable::contiguous(parameters[2 * layer.weight + 1]);
@@ -127,7 +110,7 @@ void parameter_gradients(const MafCall<T>& call, const std::vector<Tensor>& mask
     T* bias = out + masks[l].numel();
     gradients.push_back({&layer, net.column_perm(l), call.grads + g_row * call.kept_back.stride,
                          call.saved_in + a_row * call.kept.stride, call.kept_back.stride, call.kept.stride, samples,
-                         static_cast<const bool*>(masks[l].const_data_ptr()), out, bias});
+                         static_cast<const bool*>(masks[l].const_data_ptr()), nullptr, out, bias});
     out = bias + masks[l].size(0);
     // Later panels are deeper: folding the order gives every thread its share of both kinds.
     for (int64_t i = 0; i < layer.panels; ++i)

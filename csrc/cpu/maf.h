@@ -4,16 +4,9 @@
 // [row][lane] for activations in cache, [row][sample] for what is kept for the backward pass. SIMD runs across samples, and a
 // thread takes whole tiles, so threads never meet and the result of a sample does not depend on its neighbours.
 #pragma once
-#include <cstdlib>
-#include <memory>
-#include <new>
-
-#include "common/elementwise.h"
-#include "common/net.h"
+#include "cpu/panels.h"
 
 namespace fk {
-
-inline constexpr int kLanes = 16;
 
 // The elementwise transform that ends an autoregressive layer, as functions over one feature's lanes.
 //   forward   y, logdet from x and the feature's parameter rows
@@ -82,48 +75,5 @@ struct MafCall {
   Kept kept_back;              // of back
   T* grads = nullptr;          // rows x stride: gradients of parameters and pre-activations
 };
-
-// The gradient of one layer's weights: rows of gradients times rows of the outputs of the layer before.
-template <class T>
-struct WeightGradient {
-  const Layer* layer;          // of the forward net
-  const int64_t* column_perm;  // of the layer before
-  const T* g;                  // row of forward row r: g - r * stride (they are kept in reverse order)
-  const T* a;                  // row of column k: a + k * stride
-  int64_t g_stride, a_stride, samples;
-  const bool* mask;
-  T* weight;
-  T* bias;
-};
-
-
-// Scratch memory of one thread, aligned, kept between calls: fresh memory costs page faults.
-class Scratch {
- public:
-  template <class T>
-  T* get(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(64, size_);
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return static_cast<T*>(data_);
-  }
-  ~Scratch() { std::free(data_); }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-inline Scratch& scratch() {
-  static thread_local Scratch s;
-  return s;
-}
 
 }  // namespace fk

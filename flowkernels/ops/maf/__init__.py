@@ -13,6 +13,7 @@ from flowkernels._checks import COMPUTE_DTYPE, check_choice, check_float_tensor,
 from flowkernels._library import needs_grad
 from flowkernels.ops.maf import reference
 from flowkernels.ops.maf.autograd import FORWARD, INVERSE, Maf
+from flowkernels.ops.maf.pack import packed_weights
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, ScaleLaw, as_law
 
@@ -93,9 +94,9 @@ def _maf(
         y, logdet = run(rows, terms, plan, weights, law, form)
         return y.to(x.dtype), logdet
     tables, options = plan.tables(x.device), (law.code, law.numbers, FORMS.index(form))
-    packed = plan.packed(weights)
+    packed = packed_weights(plan, weights)
     if needs_grad(rows, terms, *weights):
-        back = plan.packed(weights, backward=True)
+        back = packed_weights(plan, weights, backward=True)
         masks = plan.masks_on(x.device)
         y, logdet, _ = Maf.apply(
             rows, terms, packed, back, tables, masks, inverse, *options, plan.saved_rows, *weights

@@ -1,0 +1,5 @@
+"""Layers, written against the operators."""
+
+from flowkernels.nn.autoregressive import AutoregressiveTransform as AutoregressiveTransform
+from flowkernels.nn.made import MADE as MADE
+from flowkernels.nn.masked_linear import MaskedLinear as MaskedLinear
