@@ -20,7 +20,10 @@ def packed_weights(plan: Plan, parameters: Sequence[Tensor], *, backward: bool =
     key = [(p.data_ptr(), p._version) for p in parameters]
     found = plan.packs.get(backward)
     if found is None or not found.is_of(key, parameters):
-        found = plan.packs[backward] = _Pack(key, parameters, _pack(plan, parameters, backward))
+        packed = _pack(plan, parameters, backward)
+        if _is_wrapped(packed):
+            return packed
+        found = plan.packs[backward] = _Pack(key, parameters, packed)
     return found.packed  # type: ignore[no-any-return]
 
 
