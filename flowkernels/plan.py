@@ -184,10 +184,12 @@ class Plan:
         self.packed_sizes = (int(self.forward_table[4]), int(self.backward_table[4]))
         # Inputs, every layer's outputs, and the pre-activations that slopes need, each in whole chunks of rows:
         # `kept_of` in csrc/cpu/maf.h.
-        self.saved_rows = _round_up(features, PANEL_ROWS) + sum(
+        rows = _round_up(features, PANEL_ROWS) + sum(
             _round_up(len(layer.perm), PANEL_ROWS) * (2 if ACTIVATIONS[layer.activation] in ("silu", "gelu") else 1)
             for layer in layers
         )
+        # Indexed by direction: the sampling direction also keeps z.
+        self.saved_rows = (rows, rows + _round_up(features, PANEL_ROWS))
 
     def _table(self, layers: list[_Layer], input_perm: Tensor, input_time: Tensor) -> Tensor:
         """The plan as one int64 tensor, as csrc/common/net.h reads it."""
