@@ -370,7 +370,7 @@ def _cast(inputs: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
 def _spread_of_plain(
     call: Call, inputs: Sequence[Tensor | None], gradients: bool, runs: int = 6
 ) -> list[tuple[Tensor, Tensor]]:
-    """Per output and gradient: the largest error of the plain version, and what one rounding of inputs does."""
+    """Per output and gradient: the plain version's largest error, and what one rounding of inputs does."""
     worst: list[tuple[Tensor, Tensor]] = []
     first: list[Any] = []
     for run in range(runs):
@@ -454,7 +454,7 @@ def check_gradients(
 def check_flow_laws(
     forward: Call, inverse: Call, x: Tensor, *, event_dims: int = 1, tolerance: float = 1e-9
 ) -> None:
-    """The laws of an invertible transform, both ways: `check_inverse`, `check_logdet`, `check_logdets_cancel`.
+    """Laws of an invertible transform, both ways: `check_inverse`, `check_logdet`, `check_logdets_cancel`.
 
     Args:
         forward: x -> (y, logdet).
