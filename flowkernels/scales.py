@@ -126,7 +126,9 @@ class ScaleLaw:
         else:
             s = u.clamp(p["lo"], p["hi"])
             if p["pass_gradient"]:
-                s = u + (s - u).detach()
+                # Adds nothing but the derivative 1; an infinity would add infinity - infinity.
+                v = torch.where(u.isfinite(), u, 0.0)
+                s = s.detach() + (v - v.detach())
         return s.exp(), s
 
     def slope(self, u: Tensor) -> Tensor:
