@@ -1,15 +1,17 @@
 """The named scale laws: sigma > 0 as a function of an unconstrained number u.
 
-| name       | sigma(u)                                              | parameters (defaults)      | used by             |
+| name       | sigma(u)                                              | parameters (defaults)      | used by
+|
 |------------|-------------------------------------------------------|----------------------------|---------------------|
-| `exp`      | exp(gain u)                                           | gain 1                     | MAF, IAF, RealNVP   |
-| `softplus` | softplus(u + offset) + floor                          | offset 0, floor 1e-3       | nflows' MAF         |
-| `sigmoid`  | sigmoid(u + offset) + floor                           | offset 2, floor 1e-3       | nflows' coupling    |
-| `tanh`     | exp(bound tanh(u / bound))                            | bound 2                    | FrEIA               |
-| `atan`     | exp(bound 0.636 atan(u / bound))                      | bound 2                    | FrEIA               |
-| `softclip` | exp(u / (1 + \\|u / log bound\\|))                      | bound 1e-3                 | zuko                |
-| `clip`     | exp(clamp(u, lo, hi)), gradient passed or stopped     | -5, 3, passed              | Pyro                |
-| `unit`     | 1                                                     |                            | NICE                |
+| `exp`      | exp(gain u)                                           | gain 1                     | MAF, IAF,
+RealNVP   | | `softplus` | softplus(u + offset) + floor                          | offset 0, floor 1e-3
+| nflows' MAF         | | `sigmoid`  | sigmoid(u + offset) + floor                           | offset 2, floor
+1e-3       | nflows' coupling    | | `tanh`     | exp(bound tanh(u / bound))                            |
+bound 2                    | FrEIA               | | `atan`     | exp(bound 0.636 atan(u / bound))
+| bound 2                    | FrEIA               | | `softclip` | exp(u / (1 + \\|u / log bound\\|))
+| bound 1e-3                 | zuko                | | `clip`     | exp(clamp(u, lo, hi)), gradient passed or
+stopped     | -5, 3, passed              | Pyro                | | `unit`     | 1
+|                            | NICE                |
 
 One table for every backend: `ScaleLaw.code` and `ScaleLaw.numbers` are what the kernels get.
 """
@@ -46,8 +48,8 @@ class ScaleLaw:
     """A scale law with its parameters, e.g. ``ScaleLaw("softplus", floor=1e-2)``. Hashable and comparable.
 
     Raises:
-        ValueError: an unknown name or parameter, a negative floor, a bound that is not positive (for ``softclip``: not
-            inside (0, 1)), ``lo >= hi``.
+        ValueError: an unknown name or parameter, a negative floor, a bound that is not positive (for
+            ``softclip``: not inside (0, 1)), ``lo >= hi``.
     """
 
     name: str
@@ -113,7 +115,9 @@ class ScaleLaw:
         else:
             s = u.clamp(p["lo"], p["hi"])
             if p["pass_gradient"]:
-                s = u + (s - u).detach()
+                # Adds nothing but the derivative 1; an infinity would add infinity - infinity.
+                v = torch.where(u.isfinite(), u, 0.0)
+                s = s.detach() + (v - v.detach())
         return s.exp(), s
 
     def slope(self, u: Tensor) -> Tensor:
@@ -131,7 +135,11 @@ class ScaleLaw:
         if self.name == "sigmoid":
             v = u + p["offset"]
             complement = torch.sigmoid(-v)
-            return torch.sigmoid(v) * complement / (torch.sigmoid(v) + p["floor"]) if p["floor"] > 0 else complement
+            return (
+                torch.sigmoid(v) * complement / (torch.sigmoid(v) + p["floor"])
+                if p["floor"] > 0
+                else complement
+            )
         if self.name == "tanh":
             return 1 - torch.tanh(u / p["bound"]) ** 2
         if self.name == "atan":
@@ -147,7 +155,8 @@ def _rebuild(name: str, parameters: tuple[tuple[str, float], ...]) -> ScaleLaw:
 
 
 def _log_softplus(v: Tensor) -> Tensor:
-    # log log(1 + e^v) -> v for v -> -inf; below -37 that is exact in float64, and the other branch must not see it.
+    # log log(1 + e^v) -> v for v -> -inf; below -37 that is exact in float64, and the other branch must not
+    # see it.
     low = v < -37
     return torch.where(low, v, F.softplus(torch.where(low, torch.zeros_like(v), v)).log())
 
@@ -158,7 +167,10 @@ def as_law(law: str | ScaleLaw) -> ScaleLaw:
         return law
     if not isinstance(law, str):
         raise TypeError(f"law must be a name or a ScaleLaw, got {type(law).__name__}")
-    return ScaleLaw(law)
+    return _DEFAULT_LAWS.get(law) or ScaleLaw(law)
+
+
+_DEFAULT_LAWS = {name: ScaleLaw(name) for name in NAMES}
 
 
 def law_of_numbers(code: int, numbers: list[float]) -> ScaleLaw:
