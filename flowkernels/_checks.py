@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The type that kernels calculate in, per type of the tensors that come in: half precision is stored, never calculated in.
+# The type that kernels calculate in, per type of the tensors that come in: half precision is stored, never
+# calculated in.
 COMPUTE_DTYPE = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
@@ -23,10 +24,16 @@ def check_float_tensor(name: str, value: Any, *, like: Tensor | None = None, lik
     if value.dtype not in COMPUTE_DTYPE:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
     if like is not None:
-        if value.device != like.device:
-            raise ValueError(f"{name} is on {value.device}, but {like_name} is on {like.device}: use one device")
+        check_device(name, value, like, like_name)
         if value.dtype != like.dtype:
-            raise TypeError(f"{name} has dtype {value.dtype}, but {like_name} has {like.dtype}: use one dtype")
+            raise TypeError(
+                f"{name} has dtype {value.dtype}, but {like_name} has {like.dtype}: use one dtype"
+            )
+
+
+def check_device(name: str, value: Tensor, like: Tensor, like_name: str = "x") -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but {like_name} is on {like.device}: use one device")
 
 
 def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("flowkernels", "DEF")
 LIBRARY.define("build_info() -> str")
+LIBRARY.define("fresh_output(Tensor like) -> Tensor")
 
 # Why the compiled kernels are not here, or None when they are.
 load_error: str | None = None

@@ -1,15 +1,17 @@
 """The named scale laws: sigma > 0 as a function of an unconstrained number u.
 
-| name       | sigma(u)                                              | parameters (defaults)      | used by             |
+| name       | sigma(u)                                              | parameters (defaults)      | used by
+|
 |------------|-------------------------------------------------------|----------------------------|---------------------|
-| `exp`      | exp(gain u)                                           | gain 1                     | MAF, IAF, RealNVP   |
-| `softplus` | softplus(u + offset) + floor                          | offset 0, floor 1e-3       | nflows' MAF         |
-| `sigmoid`  | sigmoid(u + offset) + floor                           | offset 2, floor 1e-3       | nflows' coupling    |
-| `tanh`     | exp(bound tanh(u / bound))                            | bound 2                    | FrEIA               |
-| `atan`     | exp(bound 0.636 atan(u / bound))                      | bound 2                    | FrEIA               |
-| `softclip` | exp(u / (1 + \\|u / log bound\\|))                      | bound 1e-3                 | zuko                |
-| `clip`     | exp(clamp(u, lo, hi)), gradient passed or stopped     | -5, 3, passed              | Pyro                |
-| `unit`     | 1                                                     |                            | NICE                |
+| `exp`      | exp(gain u)                                           | gain 1                     | MAF, IAF,
+RealNVP   | | `softplus` | softplus(u + offset) + floor                          | offset 0, floor 1e-3
+| nflows' MAF         | | `sigmoid`  | sigmoid(u + offset) + floor                           | offset 2, floor
+1e-3       | nflows' coupling    | | `tanh`     | exp(bound tanh(u / bound))                            |
+bound 2                    | FrEIA               | | `atan`     | exp(bound 0.636 atan(u / bound))
+| bound 2                    | FrEIA               | | `softclip` | exp(u / (1 + \\|u / log bound\\|))
+| bound 1e-3                 | zuko                | | `clip`     | exp(clamp(u, lo, hi)), gradient passed or
+stopped     | -5, 3, passed              | Pyro                | | `unit`     | 1
+|                            | NICE                |
 
 One table for every backend: `ScaleLaw.code` and `ScaleLaw.numbers` are what the kernels get.
 """
@@ -46,8 +48,8 @@ class ScaleLaw:
     """A scale law with its parameters, e.g. ``ScaleLaw("softplus", floor=1e-2)``. Hashable and comparable.
 
     Raises:
-        ValueError: an unknown name or parameter, a negative floor, a bound that is not positive (for ``softclip``: not
-            inside (0, 1)), ``lo >= hi``.
+        ValueError: an unknown name or parameter, a negative floor, a bound that is not positive (for
+            ``softclip``: not inside (0, 1)), ``lo >= hi``.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ScaleLaw:
             raise ValueError(f"law 'clip': lo must be < hi, got lo={values['lo']}, hi={values['hi']}")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "parameters", tuple(values.items()))
+        object.__setattr__(self, "_numbers", self._as_numbers())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.name, self.parameters)
@@ -90,6 +93,10 @@ class ScaleLaw:
     @property
     def numbers(self) -> list[float]:
         """The three numbers that csrc/common/scales.h calls a, b, c."""
+        numbers: list[float] = self.__dict__["_numbers"]
+        return numbers
+
+    def _as_numbers(self) -> list[float]:
         values = [value for _, value in self.parameters]
         if self.name == "softclip":
             return [values[0], 0.0, 1.0 / abs(math.log(values[0]))]
@@ -119,7 +126,9 @@ class ScaleLaw:
         else:
             s = u.clamp(p["lo"], p["hi"])
             if p["pass_gradient"]:
-                s = u + (s - u).detach()
+                # Adds nothing but the derivative 1; an infinity would add infinity - infinity.
+                v = torch.where(u.isfinite(), u, 0.0)
+                s = s.detach() + (v - v.detach())
         return s.exp(), s
 
     def slope(self, u: Tensor) -> Tensor:
@@ -137,7 +146,11 @@ class ScaleLaw:
         if self.name == "sigmoid":
             v = u + p["offset"]
             complement = torch.sigmoid(-v)
-            return torch.sigmoid(v) * complement / (torch.sigmoid(v) + p["floor"]) if p["floor"] > 0 else complement
+            return (
+                torch.sigmoid(v) * complement / (torch.sigmoid(v) + p["floor"])
+                if p["floor"] > 0
+                else complement
+            )
         if self.name == "tanh":
             return 1 - torch.tanh(u / p["bound"]) ** 2
         if self.name == "atan":
@@ -153,7 +166,8 @@ def _rebuild(name: str, parameters: tuple[tuple[str, float], ...]) -> ScaleLaw:
 
 
 def _log_softplus(v: Tensor) -> Tensor:
-    # log log(1 + e^v) -> v for v -> -inf; below -37 that is exact in float64, and the other branch must not see it.
+    # log log(1 + e^v) -> v for v -> -inf; below -37 that is exact in float64, and the other branch must not
+    # see it.
     low = v < -37
     return torch.where(low, v, F.softplus(torch.where(low, torch.zeros_like(v), v)).log())
 
@@ -164,7 +178,10 @@ def as_law(law: str | ScaleLaw) -> ScaleLaw:
         return law
     if not isinstance(law, str):
         raise TypeError(f"law must be a name or a ScaleLaw, got {type(law).__name__}")
-    return ScaleLaw(law)
+    return _DEFAULT_LAWS.get(law) or ScaleLaw(law)
+
+
+_DEFAULT_LAWS = {name: ScaleLaw(name) for name in NAMES}
 
 
 def law_of_numbers(code: int, numbers: list[float]) -> ScaleLaw:

@@ -2,5 +2,6 @@
 #pragma once
 #include "common/activations.h"
 #include "common/affine.h"
+#include "common/half.h"
 #include "common/math.h"
 #include "common/scales.h"

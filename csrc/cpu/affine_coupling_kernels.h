@@ -1,82 +1,192 @@
 // Kernels of affine_coupling for one instruction set; included by foreach_isa.h, includes nothing.
 namespace fk::FK_ISA {
 
-// A row is walked in chunks of this many elements, each copied to a local array first: the compiler then vectorises the
-// arithmetic whatever the strides are, and the log-det has the same summation order for every instruction set.
-inline constexpr int kChunk = 16;
-
-template <class T>
-FK_INLINE void load_chunk(T (&to)[kChunk], const T* from, int64_t stride, int n) {
-  if (stride == 1 && n == kChunk) {
-    for (int i = 0; i < kChunk; ++i) to[i] = from[i];
+template <class S, class T>
+FK_INLINE void load_as(T (&to)[kChunk], const char* from, int64_t stride, int n) {
+  if (stride == static_cast<int64_t>(sizeof(S)) && n == kChunk) {
+    const S* adjacent = reinterpret_cast<const S*>(from);
+    for (int i = 0; i < kChunk; ++i) to[i] = to_compute(adjacent[i]);
   } else {
-    for (int i = 0; i < kChunk; ++i) to[i] = i < n ? from[i * stride] : T(0);
+    for (int i = 0; i < n; ++i) to[i] = to_compute(*reinterpret_cast<const S*>(from + i * stride));
+    for (int i = n; i < kChunk; ++i) to[i] = T(0);
   }
 }
 
-template <class T>
-FK_INLINE void store_chunk(T* to, int64_t stride, const T (&from)[kChunk], int n) {
-  if (stride == 1 && n == kChunk) {
-    for (int i = 0; i < kChunk; ++i) to[i] = from[i];
+template <class S, class T>
+FK_INLINE void store_as(char* to, int64_t stride, const T (&from)[kChunk], int n) {
+  if (stride == static_cast<int64_t>(sizeof(S)) && n == kChunk) {
+    S* adjacent = reinterpret_cast<S*>(to);
+    for (int i = 0; i < kChunk; ++i) adjacent[i] = from_compute<S>(from[i]);
   } else {
-    for (int i = 0; i < n; ++i) to[i * stride] = from[i];
+    for (int i = 0; i < n; ++i) *reinterpret_cast<S*>(to + i * stride) = from_compute<S>(from[i]);
   }
 }
 
-template <Law L, Form F, bool Inverse, class T>
-void affine_rows(const AffineArguments<T>& a, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    T total[kChunk] = {};
-    for (int64_t c = 0; c < a.features; c += kChunk) {
-      const int n = static_cast<int>(std::min<int64_t>(kChunk, a.features - c));
-      T x[kChunk], shift[kChunk], u[kChunk], y[kChunk];
-      load_chunk(x, &a.x(r, c), a.x.column, n);
-      load_chunk(shift, &a.shift(r, c), a.shift.column, n);
-      load_chunk(u, &a.scale(r, c), a.scale.column, n);
-      for (int i = 0; i < kChunk; ++i) {
-        const Transformed<T> out = affine<L, F, Inverse>(x[i], shift[i], u[i], a.law);
-        y[i] = out.y;
-        total[i] += i < n ? out.logdet : T(0);
-      }
-      store_chunk(&a.y(r, c), a.y.column, y, n);
+template <class T, class F>
+FK_INLINE void with_storage(Storage storage, F&& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (storage == Storage::bfloat16) return f.template operator()<bfloat16>();
+    if (storage == Storage::float16) return f.template operator()<float16>();
+  }
+  f.template operator()<T>();
+}
+
+template <class T>
+FK_INLINE void load_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, int64_t c, int n) {
+  with_storage<T>(rows.storage, [&]<class S>() { load_as<S>(to, rows.at(r, c), rows.column, n); });
+}
+
+template <class T>
+FK_INLINE void store_chunk(const Rows& rows, int64_t r, int64_t c, const T (&from)[kChunk], int n) {
+  with_storage<T>(rows.storage, [&]<class S>() { store_as<S>(rows.at(r, c), rows.column, from, n); });
+}
+
+template <class T>
+FK_INLINE void gather_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, const int32_t* lane) {
+  with_storage<T>(rows.storage, [&]<class S>() {
+    for (int i = 0; i < kChunk; ++i)
+      to[i] = lane[i] < 0 ? T(0) : to_compute(*reinterpret_cast<const S*>(rows.at(r, lane[i])));
+  });
+}
+
+template <class T>
+FK_INLINE void scatter_chunk(const Rows& rows, int64_t r, const int32_t* lane, const T (&from)[kChunk]) {
+  with_storage<T>(rows.storage, [&]<class S>() {
+    for (int i = 0; i < kChunk; ++i)
+      if (lane[i] >= 0) *reinterpret_cast<S*>(rows.at(r, lane[i])) = from_compute<S>(from[i]);
+  });
+}
+
+template <class T>
+FK_INLINE void keep_transformed(T (&values)[kChunk], const int32_t* lane, const T (&otherwise)[kChunk]) {
+  for (int i = 0; i < kChunk; ++i) values[i] = lane[i] < 0 ? otherwise[i] : values[i];
+}
+
+// Sums lanes in two levels, so that the rounding errors of a long row do not pile up in one number.
+template <class T>
+struct LaneSum {
+  static constexpr int kBlock = 8;
+  T block[kChunk] = {}, total[kChunk] = {};
+  int filled = 0;
+
+  FK_INLINE void add(const T (&values)[kChunk]) {
+    for (int i = 0; i < kChunk; ++i) block[i] += values[i];
+    if (++filled == kBlock) flush();
+  }
+  FK_INLINE void flush() {
+    for (int i = 0; i < kChunk; ++i) {
+      total[i] += block[i];
+      block[i] = T(0);
     }
-    T sum = a.logdet_in ? a.logdet_in[r] : T(0);
-    for (int i = 0; i < kChunk; ++i) sum += total[i];
-    a.logdet[r] = sum;
+    filled = 0;
+  }
+  FK_INLINE T sum() {
+    flush();
+    for (int half = kChunk / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) total[i] += total[i + half];
+    return total[0];
+  }
+};
+
+template <Law L, Form F, bool Inverse, class T>
+void affine_rows(const AffineArguments& a, const LawParameters<T>& law, int64_t begin, int64_t end) {
+  const T* running = static_cast<const T*>(a.logdet_in);
+  T* logdet = static_cast<T*>(a.logdet);
+  const T zero[kChunk] = {};
+  for (int64_t r = begin; r < end; ++r) {
+    LaneSum<T> sum;
+    for (int64_t c = 0; c < a.features; c += kChunk) {
+      const int n = static_cast<int>(std::min<int64_t>(kChunk, a.features - c));
+      const Chunk* chunk = a.chunks ? a.chunks + c / kChunk : nullptr;
+      const Part part = chunk ? chunk->part : Part::dense;
+      const int64_t p = chunk ? chunk->parameter : c;
+      T x[kChunk], shift[kChunk], u[kChunk], y[kChunk], log_sigma[kChunk];
+      load_chunk(x, a.x, r, c, n);
+      if (part == Part::copy) {
+        store_chunk(a.y, r, c, x, n);
+        continue;
+      }
+      if (part == Part::gather) {
+        gather_chunk(shift, a.shift, r, chunk->lane);
+        gather_chunk(u, a.scale, r, chunk->lane);
+      } else {
+        load_chunk(shift, a.shift, r, p, n);
+        load_chunk(u, a.scale, r, p, n);
+      }
+      for (int i = 0; i < kChunk; ++i) {
+        const Transformed<T> out = affine<L, F, Inverse>(x[i], shift[i], u[i], law);
+        y[i] = out.y;
+        log_sigma[i] = i < n ? out.logdet : T(0);
+      }
+      if (part != Part::dense) {
+        keep_transformed(y, chunk->lane, x);
+        keep_transformed(log_sigma, chunk->lane, zero);
+      }
+      sum.add(log_sigma);
+      store_chunk(a.y, r, c, y, n);
+    }
+    logdet[r] = running ? running[r] + sum.sum() : sum.sum();
   }
 }
 
 template <Law L, Form F, bool Inverse, class T>
-void affine_backward_rows(const AffineArguments<T>& a, int64_t begin, int64_t end) {
+void affine_backward_rows(const AffineArguments& a, const LawParameters<T>& law, int64_t begin, int64_t end) {
+  const T* grad_logdet = static_cast<const T*>(a.grad_logdet);
+  const T zero[kChunk] = {};
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t c = 0; c < a.features; c += kChunk) {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, a.features - c));
+      const Chunk* chunk = a.chunks ? a.chunks + c / kChunk : nullptr;
+      const Part part = chunk ? chunk->part : Part::dense;
+      const int64_t p = chunk ? chunk->parameter : c;
       T x[kChunk], shift[kChunk], u[kChunk], gy[kChunk], gx[kChunk], gshift[kChunk], gu[kChunk];
-      load_chunk(x, &a.x(r, c), a.x.column, n);
-      load_chunk(shift, &a.shift(r, c), a.shift.column, n);
-      load_chunk(u, &a.scale(r, c), a.scale.column, n);
-      load_chunk(gy, &a.grad_y(r, c), a.grad_y.column, n);
+      load_chunk(gy, a.grad_y, r, c, n);
+      if (part == Part::copy) {
+        if (a.grad_x.data) store_chunk(a.grad_x, r, c, gy, n);
+        if (a.grad_shift.data && a.full_width) store_chunk(a.grad_shift, r, c, zero, n);
+        if (a.grad_scale.data && a.full_width) store_chunk(a.grad_scale, r, c, zero, n);
+        continue;
+      }
+      load_chunk(x, a.x, r, c, n);
+      if (part == Part::gather) {
+        gather_chunk(shift, a.shift, r, chunk->lane);
+        gather_chunk(u, a.scale, r, chunk->lane);
+      } else {
+        load_chunk(shift, a.shift, r, p, n);
+        load_chunk(u, a.scale, r, p, n);
+      }
       for (int i = 0; i < kChunk; ++i) {
         const AffineGradient<T> g =
-            affine_backward<L, F, Inverse>(gy[i], a.grad_logdet[r], x[i], shift[i], u[i], a.law);
+            affine_backward<L, F, Inverse>(gy[i], grad_logdet[r], x[i], shift[i], u[i], law);
         gx[i] = g.x;
         gshift[i] = g.shift;
         gu[i] = g.u;
       }
-      store_chunk(&a.grad_x(r, c), a.grad_x.column, gx, n);
-      store_chunk(&a.grad_shift(r, c), a.grad_shift.column, gshift, n);
-      store_chunk(&a.grad_scale(r, c), a.grad_scale.column, gu, n);
+      if (part != Part::dense) {
+        keep_transformed(gx, chunk->lane, gy);
+        keep_transformed(gshift, chunk->lane, zero);
+        keep_transformed(gu, chunk->lane, zero);
+      }
+      if (a.grad_x.data) store_chunk(a.grad_x, r, c, gx, n);
+      if (part == Part::gather) {
+        if (a.grad_shift.data) scatter_chunk(a.grad_shift, r, chunk->lane, gshift);
+        if (a.grad_scale.data) scatter_chunk(a.grad_scale, r, chunk->lane, gu);
+      } else {
+        if (a.grad_shift.data) store_chunk(a.grad_shift, r, p, gshift, n);
+        if (a.grad_scale.data) store_chunk(a.grad_scale, r, p, gu, n);
+      }
     }
   }
 }
 
 template <class T, bool Backward>
-void affine_coupling(const AffineArguments<T>& a, int64_t begin, int64_t end) {
+void affine_coupling(const AffineArguments& a, int64_t begin, int64_t end) {
+  const LawParameters<T> law = law_parameters_of<T>(a.law);
   dispatch_affine(a.law_name, a.form, a.inverse, [&]<Law L, Form F, bool Inverse>() {
     if constexpr (Backward)
-      affine_backward_rows<L, F, Inverse>(a, begin, end);
+      affine_backward_rows<L, F, Inverse>(a, law, begin, end);
     else
-      affine_rows<L, F, Inverse>(a, begin, end);
+      affine_rows<L, F, Inverse>(a, law, begin, end);
   });
 }
 

@@ -11,18 +11,19 @@ from flowkernels._autograd import backward_of, reference_double_backward
 from flowkernels._library import operator, vmap_rows
 from flowkernels.ops.affine_coupling import reference
 
-_OPTIONS = "int law, float[] law_parameters, int form, bool inverse"
+_OPTIONS = "Tensor? positions, int law, float[] law_parameters, int form, bool inverse"
+_NO_ROWS = (None,) * 5
 
-forward_op = operator(
+forward_op: Any = operator(
     f"affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
     reference.affine_coupling,
-    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 2, 2, 1, None, None, None, None)),
+    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 2, 2, 1, *_NO_ROWS)),
 )
-backward_op = operator(
+backward_op: Any = operator(
     "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor shift, Tensor scale, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, int needs) -> (Tensor, Tensor, Tensor)",
     reference.affine_coupling_backward,
-    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 2, 2, None, None, None, None)),
+    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 2, 2, *_NO_ROWS, None)),
 )
 
 
@@ -36,14 +37,16 @@ class AffineCoupling(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, shift, scale, logdet, *ctx.options = inputs
-        ctx.save_for_backward(x, shift, scale)
+        x, shift, scale, _, positions, *ctx.options = inputs
+        ctx.save_for_backward(x, shift, scale, positions)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:  # type: ignore[override]
-        inputs = (grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options)
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:
+        needs = sum(bit for bit, needed in zip((1, 2, 4), ctx.needs_input_grad, strict=False) if needed)
+        inputs = (grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options, needs)
         grads = backward_of(AffineCouplingBackward, backward_op, *inputs)
-        return *grads, grad_logdet if ctx.needs_input_grad[3] else None, None, None, None, None
+        grads = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
+        return *grads, grad_logdet if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
 
 class AffineCouplingBackward(torch.autograd.Function):
@@ -56,16 +59,17 @@ class AffineCouplingBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.options = inputs[5:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6])
+        *ctx.options, ctx.needs = inputs[6:]
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
-        grad_y, grad_logdet, *inputs = ctx.saved_tensors
+        grad_y, grad_logdet, *inputs, positions = ctx.saved_tensors
         grads = reference_double_backward(
-            lambda x, shift, scale: reference.affine_coupling(x, shift, scale, None, *ctx.options),
+            lambda x, shift, scale: reference.affine_coupling(x, shift, scale, None, positions, *ctx.options),
             inputs,
             (grad_y, grad_logdet),
-            grad_grads,
+            [gg if ctx.needs & bit else None for gg, bit in zip(grad_grads, (1, 2, 4), strict=True)],
         )
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None, None
