@@ -90,13 +90,19 @@ struct Tile {
   }
 };
 
-// Rows of lanes into rows of samples. Lanes beyond the last sample are written as zero, so that sums over samples may run
+// Rows of lanes into rows of samples. What lies beyond the last sample is written as zero, so that sums over samples may run
 // over whole vectors.
 template <class T>
 void keep_rows(const Tile<T>& tile, T* kept, int64_t stride, int64_t kept_row, const T* rows, int64_t begin, int64_t end) {
+  const bool last = stride - tile.first == 2 * kLanes;
   for (int64_t r = begin; r < end; ++r) {
     T* to = kept + (kept_row + r) * stride + tile.first;
+    if (!last) {
+      std::memcpy(to, rows + r * kLanes, kLanes * sizeof(T));
+      continue;
+    }
     for (int i = 0; i < kLanes; ++i) to[i] = i < tile.count ? rows[r * kLanes + i] : T(0);
+    for (int i = kLanes; i < 2 * kLanes; ++i) to[i] = T(0);
   }
 }
 

@@ -102,32 +102,30 @@ class MADE(nn.Module):
         if context_features:
             for i in self._context_indices():
                 self.context_layers[str(i)] = nn.Linear(context_features, layers[i].out_features, bias=False)
-        self._plan: Plan | None = None
-        self.register_load_state_dict_post_hook(_forget_plan)
+        # Built here and not when first needed: that may be inside a functorch transform or under torch.compile.
+        self.plan = self._make_plan()
+        self.register_load_state_dict_post_hook(_plan_again)
 
     def _context_indices(self) -> tuple[int, ...]:
         if not self.context_features:
             return ()
         return (0, *range(1, len(self.layers) - 1, 2)) if self.residual else (0,)
 
-    @property
-    def plan(self) -> Plan:
-        """The order in which units become final; built when first needed, and again when degrees were loaded."""
-        if self._plan is None:
-            hidden = len(self.layers) - 1
-            residual: list[int | None] = [None] * hidden
-            activation = [self.activation] * hidden
-            if self.residual:
-                residual[2::2] = list(range(0, hidden - 2, 2))
-                activation[-1] = "identity"
-            self._plan = Plan(
-                [layer.mask() for layer in self._masked_layers()],
-                activation=activation,
-                residual=residual,
-                context=self._context_indices(),
-                parameters=self.parameter_names,
-            )
-        return self._plan
+    def _make_plan(self) -> Plan:
+        """The order in which units become final."""
+        hidden = len(self.layers) - 1
+        residual: list[int | None] = [None] * hidden
+        activation = [self.activation] * hidden
+        if self.residual:
+            residual[2::2] = list(range(0, hidden - 2, 2))
+            activation[-1] = "identity"
+        return Plan(
+            [layer.mask() for layer in self._masked_layers()],
+            activation=activation,
+            residual=residual,
+            context=self._context_indices(),
+            parameters=self.parameter_names,
+        )
 
     def _masked_layers(self) -> list[MaskedLinear]:
         return list(self.layers)  # type: ignore[arg-type]
@@ -176,8 +174,9 @@ class MADE(nn.Module):
         return f"features={self.features}, context_features={self.context_features}, residual={self.residual}"
 
 
-def _forget_plan(module: nn.Module, _: Any) -> None:
-    module._plan = None
+def _plan_again(module: MADE, _: Any) -> None:
+    """Degrees are part of the state: other ones may just have been loaded."""
+    module.plan = module._make_plan()
 
 
 def _check_sizes(
