@@ -188,9 +188,11 @@ class Plan:
         back.append(_Layer(0, True, order.flip(0), self.steps - self.step[order.flip(0)], 0, None))
         self.backward_table = self._table(back, out_rows.flip(0), self.steps - out_steps.flip(0))
         self.packed_sizes = (int(self.forward_table[4]), int(self.backward_table[4]))
-        # Inputs, every layer's outputs, and the pre-activations that slopes need: `kept_of` in csrc/cpu/maf.h.
-        self.saved_rows = features + sum(
-            len(layer.perm) * (2 if ACTIVATIONS[layer.activation] in ("silu", "gelu") else 1) for layer in layers
+        # Inputs, every layer's outputs, and the pre-activations that slopes need, each in whole chunks of rows:
+        # `kept_of` in csrc/cpu/maf.h.
+        self.saved_rows = _round_up(features, PANEL_ROWS) + sum(
+            _round_up(len(layer.perm), PANEL_ROWS) * (2 if ACTIVATIONS[layer.activation] in ("silu", "gelu") else 1)
+            for layer in layers
         )
 
     def _table(self, layers: list[_Layer], input_perm: Tensor, input_time: Tensor) -> Tensor:

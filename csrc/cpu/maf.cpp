@@ -93,34 +93,59 @@ std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& input, const std::optional<
 }
 
 // Gradients of every weight and bias, one after the other in one buffer, in the user's order; masked weights get zero.
+// Rows are taken in the backward net's order, in which their gradients were kept.
 template <class T>
 void parameter_gradients(const MafCall<T>& call, const std::vector<Tensor>& masks, T* out) {
-  const Net& net = *call.net;
-  std::vector<WeightGradient<T>> gradients;
+  const Net &net = *call.net, &back = *call.back;
   struct Task {
-    int64_t layer, panel;
+    int64_t layer, chunk;
   };
+  std::vector<WeightGradient<T>> gradients;
+  std::vector<std::vector<int64_t>> depths(net.layers);
   std::vector<Task> tasks;
-  const int64_t samples = (call.samples + kLanes - 1) / kLanes * kLanes;
   for (int64_t l = 0; l < net.layers; ++l) {
     const Layer& layer = net.layer[l];
-    const bool last = l == net.layers - 1;
-    const int64_t g_row = (last ? 0 : call.kept_back.output[net.layers - 2 - l]) + layer.rows - 1;
-    const int64_t a_row = l ? call.kept.output[l - 1] : 0;
+    const int64_t b = net.layers - 2 - l;  // the layer of the backward net whose outputs are this one's gradients
+    const int64_t chunks = (layer.rows + kLanes - 1) / kLanes;
+    depths[l].assign(chunks, 0);
+    for (int64_t p = 0; p < layer.panels; ++p)
+      for (int64_t r = 0; r < layer.panel[p].rows; ++r) {
+        int64_t& depth = depths[l][(layer.rows - 1 - layer.panel[p].row - r) / kLanes];
+        depth = std::max(depth, layer.panel[p].depth);
+      }
     T* bias = out + masks[l].numel();
-    gradients.push_back({&layer, net.column_perm(l), call.grads + g_row * call.kept_back.stride,
-                         call.saved_in + a_row * call.kept.stride, call.kept_back.stride, call.kept.stride, samples,
-                         static_cast<const bool*>(masks[l].const_data_ptr()), nullptr, out, bias});
+    gradients.push_back({layer.rows, b < 0 ? back.input_perm : back.layer[b].perm, net.column_perm(l),
+                         depths[l].data(), call.grads + (b < 0 ? 0 : call.kept_back.output[b]) * call.kept_back.stride,
+                         call.saved_in + (l ? call.kept.output[l - 1] : 0) * call.kept.stride, call.kept.stride,
+                         call.kept.stride, static_cast<const bool*>(masks[l].const_data_ptr()), nullptr,
+                         layer.weight_columns, out, bias});
     out = bias + masks[l].size(0);
-    // Later panels are deeper: folding the order gives every thread its share of both kinds.
-    for (int64_t i = 0; i < layer.panels; ++i)
-      tasks.push_back({l, i % 2 ? layer.panels - 1 - i / 2 : i / 2});
+    // Chunks differ in depth: folding their order gives every thread its share of both kinds.
+    for (int64_t i = 0; i < chunks; ++i) tasks.push_back({l, i % 2 ? chunks - 1 - i / 2 : i / 2});
   }
-  const int64_t grain = std::max<int64_t>(1, 1000000 / (net.widest * kPanelRows / 16 * call.samples + 1));
+  const int64_t grain = std::max<int64_t>(1, 1000000 / (net.widest * call.kept.stride + 1));
   torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      FK_BEST(weight_gradient<T>)(gradients[tasks[i].layer], tasks[i].panel, tasks[i].panel + 1);
+    for (int64_t i = begin; i < end; ++i) FK_BEST(weight_gradient<T>)(gradients[tasks[i].layer], tasks[i].chunk);
   });
+}
+
+// The gradient of a layer's additive context term is the gradient of its pre-activations.
+template <class T>
+void context_gradient(const MafCall<T>& call, T* out) {
+  const Net &net = *call.net, &back = *call.back;
+  for (int64_t l = 0; l < net.layers; ++l) {
+    const Layer& layer = net.layer[l];
+    if (layer.context_column < 0) continue;
+    const int64_t b = net.layers - 2 - l;
+    const int64_t* perm = b < 0 ? back.input_perm : back.layer[b].perm;
+    const T* grads = call.grads + (b < 0 ? 0 : call.kept_back.output[b]) * call.kept_back.stride;
+    torch::stable::parallel_for(0, call.samples, grain_for(layer.rows), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t r = 0; r < layer.rows; ++r)
+          out[n * net.context_width + layer.context_column + perm[r]] =
+              grads[(r / kLanes * call.kept_back.stride + n) * kLanes + r % kLanes];
+    });
+  }
 }
 
 // (grad_input, grad_context, grad_parameters): grad_context is empty without context, grad_parameters one flat buffer.
@@ -132,7 +157,6 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
                                                 const std::vector<double>& law_parameters, int64_t form,
                                                 int64_t context_width, bool want_parameters) {
   const Net net = read_net(table_data(table)), back = read_net(table_data(table_back));
-  STD_TORCH_CHECK(net.parameters <= 256, "a feature may have at most 256 parameters, got ", net.parameters);
   const int64_t samples = input.size(0);
   const Tensor in = torch::stable::contiguous(input), grad_out = torch::stable::contiguous(grad_output),
                grad_rows = torch::stable::contiguous(grad_logdet);
@@ -164,21 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
       else
         FK_BEST(maf_forward_backward<T>)(call, begin, end);
     });
-    if (context_width) {
-      T* to = static_cast<T*>(grad_context.mutable_data_ptr());
-      for (int64_t l = 0; l < net.layers; ++l) {
-        const Layer& layer = net.layer[l];
-        if (layer.context_column < 0) continue;
-        const int64_t g_row =
-            (l == net.layers - 1 ? 0 : kept_back.output[net.layers - 2 - l]) + layer.rows - 1;
-        torch::stable::parallel_for(0, samples, grain_for(layer.rows), [&](int64_t begin, int64_t end) {
-          for (int64_t n = begin; n < end; ++n)
-            for (int64_t r = 0; r < layer.rows; ++r)
-              to[n * net.context_width + layer.context_column + layer.perm[r]] =
-                  call.grads[(g_row - r) * kept_back.stride + n];
-        });
-      }
-    }
+    if (context_width) context_gradient(call, static_cast<T*>(grad_context.mutable_data_ptr()));
     if (want_parameters && samples)
       parameter_gradients<T>(call, masks, static_cast<T*>(grad_parameters.mutable_data_ptr()));
   });

@@ -1,8 +1,7 @@
 // What the launch code of the autoregressive operators and their kernels share. No torch here.
 //
-// Samples are worked on in tiles of kLanes. Inside a tile every unit is a row of kLanes numbers, one per sample: layouts
-// [row][lane] for activations in cache, [row][sample] for what is kept for the backward pass. SIMD runs across samples, and a
-// thread takes whole tiles, so threads never meet and the result of a sample does not depend on its neighbours.
+// Samples are worked on in tiles of kLanes. Inside a tile every unit is a row of kLanes numbers, one per sample: layout
+// [row][lane]. SIMD runs across samples, and a thread takes whole tiles, so threads never meet and the result of a sample does not depend on its neighbours.
 #pragma once
 #include "cpu/panels.h"
 
@@ -21,28 +20,29 @@ struct Transform {
   LawParameters<T> law{};
 };
 
-// Where each layer's rows are kept: first the inputs, then per layer the activations (and pre-activations where the slope
-// needs them), last the parameters. Each row holds `stride` samples.
+// Where rows are kept for the backward pass: first the inputs, then per layer the outputs (and pre-activations where the slope
+// needs them). Every section begins with a new chunk of kLanes rows; a chunk holds [sample][row].
 struct Kept {
   int64_t output[kMaxLayers];  // first row of the layer's output
   int64_t slope[kMaxLayers];   // first row of what the slope is computed from
   int64_t rows = 0;
-  int64_t stride = 0;
+  int64_t stride = 0;  // samples
 };
+
+inline int64_t whole_chunks(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
 
 inline Kept kept_of(const Net& net, int64_t samples) {
   Kept kept{};
-  kept.rows = net.inputs;
+  kept.rows = whole_chunks(net.inputs);
   for (int64_t l = 0; l < net.layers; ++l) {
     kept.output[l] = kept.slope[l] = kept.rows;
-    kept.rows += net.layer[l].rows;
-    if (slope_needs_input(static_cast<Activation>(net.layer[l].activation))) {
+    kept.rows += whole_chunks(net.layer[l].rows);
+    if (!net.layer[l].transposed && slope_needs_input(static_cast<Activation>(net.layer[l].activation))) {
       kept.slope[l] = kept.rows;
-      kept.rows += net.layer[l].rows;
+      kept.rows += whole_chunks(net.layer[l].rows);
     }
   }
-  // Whole tiles, and one more so that rows of 2^n samples do not all fall into the same few cache sets.
-  kept.stride = ((samples + kLanes - 1) / kLanes + 1) * kLanes;
+  kept.stride = whole_chunks(samples);
   return kept;
 }
 

@@ -90,22 +90,6 @@ struct Tile {
   }
 };
 
-// Rows of lanes into rows of samples. What lies beyond the last sample is written as zero, so that sums over samples may run
-// over whole vectors.
-template <class T>
-void keep_rows(const Tile<T>& tile, T* kept, int64_t stride, int64_t kept_row, const T* rows, int64_t begin, int64_t end) {
-  const bool last = stride - tile.first == 2 * kLanes;
-  for (int64_t r = begin; r < end; ++r) {
-    T* to = kept + (kept_row + r) * stride + tile.first;
-    if (!last) {
-      std::memcpy(to, rows + r * kLanes, kLanes * sizeof(T));
-      continue;
-    }
-    for (int i = 0; i < kLanes; ++i) to[i] = i < tile.count ? rows[r * kLanes + i] : T(0);
-    for (int i = kLanes; i < 2 * kLanes; ++i) to[i] = T(0);
-  }
-}
-
 template <class T>
 void load_lanes(const Tile<T>& tile, T* row, const T* from, int64_t stride) {
   for (int i = 0; i < kLanes; ++i) row[i] = i < tile.count ? from[(tile.first + i) * stride] : T(0);
@@ -143,18 +127,38 @@ struct ForwardStage {
         for (int i = 0; i < kLanes; ++i) before[r * kLanes + i] += source[i];
       }
     tile.activation[l](before + r0 * kLanes, tile.output[l] + r0 * kLanes, (r1 - r0) * kLanes);
-    if (call.saved) {
-      keep_rows(tile, call.saved, call.kept.stride, call.kept.output[l], tile.output[l], r0, r1);
+  }
+
+  // The tile is whole: what the backward pass will ask for.
+  void keep(const Tile<T>& tile) const {
+    if (!call.saved) return;
+    auto section = [&](int64_t row, const T* rows, int64_t count) {
+      keep_rows(rows, count, tile.count, call.saved + row * call.kept.stride, call.kept.stride, tile.first);
+    };
+    section(0, tile.inputs, tile.net.inputs);
+    for (int64_t l = 0; l < tile.net.layers; ++l) {
+      section(call.kept.output[l], tile.output[l], tile.net.layer[l].rows);
       if (call.kept.slope[l] != call.kept.output[l])
-        keep_rows(tile, call.saved, call.kept.stride, call.kept.slope[l], before, r0, r1);
+        section(call.kept.slope[l], tile.before[l], tile.net.layer[l].rows);
     }
   }
 };
 
-// Backwards: gradient of the output = product, of the pre-activation = slope times that, plus the residual's.
+// Backwards: gradient of the output = product, of the pre-activation = slope times that, plus the residual's. `held` is what
+// the forward pass has kept of this tile, as rows of lanes.
 template <class T>
 struct BackwardStage {
   const MafCall<T>& call;
+  T* held;
+
+  void load(const Tile<T>& tile) const {
+    load_rows(held, call.kept.rows, call.saved_in, call.kept.stride, tile.first);
+  }
+
+  const T* held_input(int64_t feature) const { return held + feature * kLanes; }
+  const T* held_parameters(int64_t feature) const {
+    return held + (call.kept.output[call.net->layers - 1] + feature * call.net->parameters) * kLanes;
+  }
 
   void begin(Tile<T>& tile, int64_t l, int64_t r0, int64_t r1) const {
     std::memset(tile.before[l] + r0 * kLanes, 0, static_cast<size_t>(r1 - r0) * kLanes * sizeof(T));
@@ -163,17 +167,24 @@ struct BackwardStage {
   void finish(Tile<T>& tile, int64_t l, int64_t r0, int64_t r1) const {
     if (l == tile.net.layers - 1) return;  // gradients of the features: the caller adds them up
     const Layer& layer = tile.net.layer[l];
-    const int64_t forward = tile.net.layers - 2 - l, last = layer.rows - 1;
-    const T* kept = call.saved_in + call.kept.slope[forward] * call.kept.stride + tile.first;
+    const T* kept = held + (call.kept.slope[tile.net.layers - 2 - l] + layer.rows - 1) * kLanes;
     for (int64_t r = r0; r < r1; ++r) {
       T* row = tile.output[l] + r * kLanes;
-      tile.slope[l](kept + (last - r) * call.kept.stride, row, 1);
+      tile.slope[l](kept - r * kLanes, row, 1);
       if (layer.residual >= 0 && layer.residual_row[r] >= 0) {
         const T* source = tile.output[layer.residual] + layer.residual_row[r] * kLanes;
         for (int i = 0; i < kLanes; ++i) row[i] += source[i];
       }
     }
-    keep_rows(tile, call.grads, call.kept_back.stride, call.kept_back.output[l], tile.output[l], r0, r1);
+  }
+
+  void keep(const Tile<T>& tile) const {
+    auto section = [&](int64_t row, const T* rows, int64_t count) {
+      keep_rows(rows, count, tile.count, call.grads + row * call.kept_back.stride, call.kept_back.stride, tile.first);
+    };
+    section(0, tile.inputs, tile.net.inputs);
+    for (int64_t l = 0; l + 1 < tile.net.layers; ++l)
+      section(call.kept_back.output[l], tile.output[l], tile.net.layer[l].rows);
   }
 };
 
@@ -244,40 +255,44 @@ void for_each_tile(const MafCall<T>& call, int64_t begin, int64_t end, Tile<T>& 
 template <class T>
 void maf_forward(const MafCall<T>& call, int64_t begin, int64_t end) {
   const Net& net = *call.net;
-  Tile<T> tile(net, call.packed, scratch().template get<T>(Tile<T>::scratch_size(net) + kLanes));
-  const int64_t last = net.layers - 1, features = net.features;
+  Tile<T> tile(net, call.packed, scratch().template get<T>(Tile<T>::scratch_size(net)));
+  const ForwardStage<T> stage{call};
+  const int64_t features = net.features;
   for_each_tile(call, begin, end, tile, [&] {
     for (int64_t f = 0; f < features; ++f)
       load_lanes(tile, tile.inputs + f * kLanes, call.input + net.input_perm[f], features);
-    if (call.saved) keep_rows(tile, call.saved, call.kept.stride, 0, tile.inputs, 0, features);
-    run_dense(tile, ForwardStage<T>{call});
+    run_dense(tile, stage);
+    const T* theta = tile.output[net.layers - 1];
     alignas(64) T logdet[kLanes] = {}, y[kLanes];
     for (int64_t f = 0; f < features; ++f) {
-      call.transform.forward(tile.inputs + f * kLanes, tile.output[last] + f * net.parameters * kLanes, y, logdet,
+      call.transform.forward(tile.inputs + f * kLanes, theta + f * net.parameters * kLanes, y, logdet,
                              call.transform.law);
       store_lanes(tile, call.output + net.input_perm[f], features, y);
     }
     store_lanes(tile, call.logdet, 1, logdet);
+    stage.keep(tile);
   });
 }
 
 template <class T>
 void maf_inverse(const MafCall<T>& call, int64_t begin, int64_t end) {
   const Net& net = *call.net;
-  Tile<T> tile(net, call.packed, scratch().template get<T>(Tile<T>::scratch_size(net) + kLanes));
-  const int64_t last = net.layers - 1, features = net.features, per = net.parameters;
+  Tile<T> tile(net, call.packed, scratch().template get<T>(Tile<T>::scratch_size(net)));
+  const ForwardStage<T> stage{call};
+  const int64_t features = net.features, per = net.parameters;
   for_each_tile(call, begin, end, tile, [&] {
+    const T* theta = tile.output[net.layers - 1];
     alignas(64) T logdet[kLanes] = {}, z[kLanes];
-    run_sweep(tile, ForwardStage<T>{call}, [&](int64_t r0, int64_t r1) {
+    run_sweep(tile, stage, [&](int64_t r0, int64_t r1) {
       for (int64_t f = r0 / per; f < r1 / per; ++f) {
         T* x = tile.inputs + f * kLanes;
         load_lanes(tile, z, call.input + net.input_perm[f], features);
-        call.transform.forward(z, tile.output[last] + f * per * kLanes, x, logdet, call.transform.law);
+        call.transform.forward(z, theta + f * per * kLanes, x, logdet, call.transform.law);
         store_lanes(tile, call.output + net.input_perm[f], features, x);
       }
-      if (call.saved) keep_rows(tile, call.saved, call.kept.stride, 0, tile.inputs, r0 / per, r1 / per);
     });
     store_lanes(tile, call.logdet, 1, logdet);
+    stage.keep(tile);
   });
 }
 
@@ -288,38 +303,46 @@ void store_reversed(T* rows, int64_t per, const T* grads) {
     for (int i = 0; i < kLanes; ++i) rows[(per - 1 - p) * kLanes + i] = grads[p * kLanes + i];
 }
 
-inline constexpr int kMaxParameters = 256;
+// Scratch of the backward passes: the tile, what the forward pass has kept of it, the features' own gradients, and one
+// feature's parameter gradients.
+template <class T>
+struct BackwardScratch {
+  T *tile, *held, *direct, *grads;
+  explicit BackwardScratch(const MafCall<T>& call) {
+    const int64_t size = Tile<T>::scratch_size(*call.back), held_size = call.kept.rows * kLanes;
+    const int64_t direct_size = call.net->features * kLanes;
+    tile = scratch().template get<T>(size + held_size + direct_size + call.net->parameters * kLanes);
+    held = tile + size;
+    direct = held + held_size;
+    grads = direct + direct_size;
+  }
+};
 
 template <class T>
 void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
   const Net& net = *call.net;
-  const Net& back = *call.back;
   const int64_t features = net.features, per = net.parameters;
-  const int64_t size = Tile<T>::scratch_size(back);
-  T* memory = scratch().template get<T>(size + (features + kMaxParameters + 1) * kLanes);
-  Tile<T> tile(back, call.packed_back, memory);
-  T* direct = memory + size;
-  T* grads = direct + features * kLanes;
-  const T* parameters = call.saved_in + call.kept.output[net.layers - 1] * call.kept.stride;
-  alignas(64) T grad_logdet[kLanes], grad_y[kLanes], theta[kMaxParameters * kLanes];
+  const BackwardScratch<T> memory(call);
+  Tile<T> tile(*call.back, call.packed_back, memory.tile);
+  const BackwardStage<T> stage{call, memory.held};
+  alignas(64) T grad_logdet[kLanes], grad_y[kLanes];
   for_each_tile(call, begin, end, tile, [&] {
+    stage.load(tile);
     load_lanes(tile, grad_logdet, call.grad_logdet, 1);
     for (int64_t f = 0; f < features; ++f) {
       load_lanes(tile, grad_y, call.grad_output + net.input_perm[f], features);
-      for (int64_t p = 0; p < per; ++p)
-        std::memcpy(theta + p * kLanes, parameters + (f * per + p) * call.kept.stride + tile.first, kLanes * sizeof(T));
-      call.transform.backward(grad_y, grad_logdet, call.saved_in + f * call.kept.stride + tile.first, theta,
-                              direct + f * kLanes, grads, call.transform.law);
-      store_reversed(tile.inputs + (features - 1 - f) * per * kLanes, per, grads);
+      call.transform.backward(grad_y, grad_logdet, stage.held_input(f), stage.held_parameters(f),
+                              memory.direct + f * kLanes, memory.grads, call.transform.law);
+      store_reversed(tile.inputs + (features - 1 - f) * per * kLanes, per, memory.grads);
     }
-    keep_rows(tile, call.grads, call.kept_back.stride, 0, tile.inputs, 0, back.inputs);
-    run_dense(tile, BackwardStage<T>{call});
-    const T* through = tile.output[back.layers - 1];
+    run_dense(tile, stage);
+    const T* through = tile.output[tile.net.layers - 1];
     for (int64_t f = 0; f < features; ++f) {
-      T* row = direct + f * kLanes;
+      T* row = memory.direct + f * kLanes;
       for (int i = 0; i < kLanes; ++i) row[i] += through[(features - 1 - f) * kLanes + i];
       store_lanes(tile, call.grad_input + net.input_perm[f], features, row);
     }
+    stage.keep(tile);
   });
 }
 
@@ -327,32 +350,28 @@ void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
 template <class T>
 void maf_inverse_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
   const Net& net = *call.net;
-  const Net& back = *call.back;
   const int64_t features = net.features, per = net.parameters;
-  const int64_t size = Tile<T>::scratch_size(back);
-  T* memory = scratch().template get<T>(size + (kMaxParameters + 1) * kLanes);
-  Tile<T> tile(back, call.packed_back, memory);
-  T* grads = memory + size;
-  const T* parameters = call.saved_in + call.kept.output[net.layers - 1] * call.kept.stride;
-  alignas(64) T grad_logdet[kLanes], grad_x[kLanes], grad_z[kLanes], z[kLanes], theta[kMaxParameters * kLanes];
+  const BackwardScratch<T> memory(call);
+  Tile<T> tile(*call.back, call.packed_back, memory.tile);
+  const BackwardStage<T> stage{call, memory.held};
+  alignas(64) T grad_logdet[kLanes], grad_x[kLanes], grad_z[kLanes], z[kLanes];
   for_each_tile(call, begin, end, tile, [&] {
+    stage.load(tile);
     load_lanes(tile, grad_logdet, call.grad_logdet, 1);
-    run_sweep(tile, BackwardStage<T>{call}, [&](int64_t r0, int64_t r1) {
+    run_sweep(tile, stage, [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t f = features - 1 - r;
         load_lanes(tile, grad_x, call.grad_output + net.input_perm[f], features);
         load_lanes(tile, z, call.input + net.input_perm[f], features);
-        const T* through = tile.output[back.layers - 1] + r * kLanes;
+        const T* through = tile.output[tile.net.layers - 1] + r * kLanes;
         for (int i = 0; i < kLanes; ++i) grad_x[i] += through[i];
-        for (int64_t p = 0; p < per; ++p)
-          std::memcpy(theta + p * kLanes, parameters + (f * per + p) * call.kept.stride + tile.first,
-                      kLanes * sizeof(T));
-        call.transform.backward(grad_x, grad_logdet, z, theta, grad_z, grads, call.transform.law);
-        store_reversed(tile.inputs + r * per * kLanes, per, grads);
+        call.transform.backward(grad_x, grad_logdet, z, stage.held_parameters(f), grad_z, memory.grads,
+                                call.transform.law);
+        store_reversed(tile.inputs + r * per * kLanes, per, memory.grads);
         store_lanes(tile, call.grad_input + net.input_perm[f], features, grad_z);
       }
-      keep_rows(tile, call.grads, call.kept_back.stride, 0, tile.inputs, r0 * per, r1 * per);
     });
+    stage.keep(tile);
   });
 }
 

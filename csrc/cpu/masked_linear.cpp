@@ -123,35 +123,36 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward(const Tensor& grad, co
     if (want_x) run_layer<T>(plan_degrees(in_degrees, out_degrees, strict, true, 0), grad, weight, nullptr, grad_x);
     if (!want_weight || samples == 0) return;
     const DegreePlan plan = plan_degrees(in_degrees, out_degrees, strict, false, 0);
-    const int64_t tiles = (samples + kLanes - 1) / kLanes, stride = (tiles + 1) * kLanes;
-    Tensor memory = new_empty(x, {inputs + outputs, stride});
+    const int64_t tiles = (samples + kLanes - 1) / kLanes, stride = tiles * kLanes;
+    const int64_t chunks = (outputs + kLanes - 1) / kLanes, in_chunks = (inputs + kLanes - 1) / kLanes;
+    Tensor memory = new_empty(x, {(chunks + in_chunks) * kLanes, stride});
     T* a = static_cast<T*>(memory.mutable_data_ptr());
-    T* g = a + inputs * stride;
+    T* g = a + in_chunks * kLanes * stride;
     const View<const T> from_x = view<T>(x), from_grad = view<T>(grad);
     torch::stable::parallel_for(0, tiles, grain_for((inputs + outputs) * kLanes), [&](int64_t begin, int64_t end) {
-      FK_BEST(transpose_rows<T>)(from_x, plan.columns.data(), inputs, samples, stride, a, begin, end);
-      // weight_gradient walks the gradients' rows downwards, as maf keeps them.
-      std::vector<int64_t> reversed(plan.rows.rbegin(), plan.rows.rend());
-      FK_BEST(transpose_rows<T>)(from_grad, reversed.data(), outputs, samples, stride, g, begin, end);
+      FK_BEST(keep_matrix<T>)(from_x, plan.columns.data(), inputs, samples, stride, a, begin, end);
+      FK_BEST(keep_matrix<T>)(from_grad, plan.rows.data(), outputs, samples, stride, g, begin, end);
     });
-    const WeightGradient<T> w{&plan.layer,
+    std::vector<int64_t> depth;
+    for (const Panel& panel : plan.panels) depth.push_back(panel.depth);
+    const WeightGradient<T> w{outputs,
+                              plan.rows.data(),
                               plan.columns.data(),
-                              g + (outputs - 1) * stride,
+                              depth.data(),
+                              g,
                               a,
                               stride,
                               stride,
-                              tiles * kLanes,
                               nullptr,
                               plan.depth.data(),
+                              inputs,
                               static_cast<T*>(grad_weight.mutable_data_ptr()),
                               static_cast<T*>(grad_bias.mutable_data_ptr())};
-    // Later panels are deeper: folding the order gives every thread its share of both kinds.
-    const int64_t panels = plan.layer.panels, grain = std::max<int64_t>(1, 1000000 / (inputs * samples + 1));
-    torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t p = i % 2 ? panels - 1 - i / 2 : i / 2;
-        FK_BEST(weight_gradient<T>)(w, p, p + 1);
-      }
+    // Chunks differ in depth: folding their order gives every thread its share of both kinds.
+    const int64_t grain = std::max<int64_t>(1, 1000000 / (inputs * samples + 1));
+    torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        FK_BEST(weight_gradient<T>)(w, i % 2 ? chunks - 1 - i / 2 : i / 2);
     });
   });
   return {grad_x, grad_weight, grad_bias};

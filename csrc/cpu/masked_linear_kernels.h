@@ -32,15 +32,14 @@ void masked_linear(const MaskedLinearCall<T>& call, int64_t begin, int64_t end) 
   }
 }
 
-// A matrix (samples, columns) as rows of samples in sorted order, for products over samples.
+// A matrix (samples, columns), sorted by `perm`, in chunks [chunk][sample][column] as weight_gradient reads them.
 template <class T>
-void transpose_rows(View<const T> from, const int64_t* perm, int64_t count, int64_t samples, int64_t stride, T* to,
-                    int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t first = t * kLanes, n = std::min<int64_t>(kLanes, samples - first);
-    for (int64_t k = 0; k < count; ++k)
-      for (int i = 0; i < kLanes; ++i) to[k * stride + first + i] = i < n ? from(first + i, perm[k]) : T(0);
-  }
+void keep_matrix(View<const T> from, const int64_t* perm, int64_t count, int64_t samples, int64_t stride, T* kept,
+                 int64_t begin, int64_t end) {
+  for (int64_t c = 0; c < count; c += kLanes, kept += stride * kLanes)
+    for (int64_t s = begin * kLanes; s < end * kLanes; ++s)
+      for (int64_t i = 0; i < kLanes; ++i)
+        kept[s * kLanes + i] = s < samples && c + i < count ? from(s, perm[c + i]) : T(0);
 }
 
 }  // namespace fk::FK_ISA

@@ -105,81 +105,95 @@ SlopeFunction<T> slope_function(int64_t a) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gradients of weights: products of rows of samples, G (rows of gradients) with A (rows of outputs of the layer before).
+// What is kept for the backward pass lies in chunks of kLanes rows, [chunk][sample][row], so that the gradient of a weight,
+// a sum over samples, is the same product again: columns are samples, "weights" are gradients.
 
-template <class T>
-FK_INLINE T sum_of(typename VectorOf<T>::type v) {
-  constexpr int N = FK_VECTOR_BYTES / sizeof(T);
-  alignas(64) T lanes[N];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int width = N / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+template <int W, int N, class V, int... J>
+FK_INLINE void exchange(V& a, V& b, std::integer_sequence<int, J...>) {
+  const V low = __builtin_shufflevector(a, b, (J & W ? N + J - W : J)...);
+  b = __builtin_shufflevector(a, b, (J & W ? N + J : J + W)...);
+  a = low;
 }
 
-template <int Rows, int Columns, class T>
-void dot_block(const T* g, int64_t g_stride, const T* a, int64_t a_stride, int64_t samples, T* out) {
-  using Vector = typename VectorOf<T>::unaligned;
+// One step of a transpose: swaps the off-diagonal blocks of width W, then goes on with 2 W.
+template <int W, int N, class T>
+FK_INLINE void exchange_halves(typename VectorOf<T>::type (&v)[N]) {
+  for (int i = 0; i < N; ++i)
+    if (!(i & W)) exchange<W, N>(v[i], v[i + W], std::make_integer_sequence<int, N>{});
+  if constexpr (2 * W < N) exchange_halves<2 * W, N, T>(v);
+}
+#endif
+#endif
+
+// Transposes a kLanes x kLanes block.
+template <class T>
+FK_INLINE void transpose_block(const T* from, T* to) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
   constexpr int N = FK_VECTOR_BYTES / sizeof(T);
-  typename VectorOf<T>::type sum[Rows][Columns] = {};
-  for (int64_t i = 0; i < samples; i += N) {
-    typename VectorOf<T>::type x[Columns];
-#pragma GCC unroll 8
-    for (int c = 0; c < Columns; ++c) x[c] = *reinterpret_cast<const Vector*>(a + c * a_stride + i);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      const typename VectorOf<T>::type y = *reinterpret_cast<const Vector*>(g + r * g_stride + i);
-#pragma GCC unroll 8
-      for (int c = 0; c < Columns; ++c) sum[r][c] += y * x[c];
-    }
+  if constexpr (N >= 4) {
+    for (int bi = 0; bi < kLanes; bi += N)
+      for (int bj = 0; bj < kLanes; bj += N) {
+        typename VectorOf<T>::type v[N];
+        for (int i = 0; i < N; ++i) std::memcpy(&v[i], from + (bi + i) * kLanes + bj, sizeof(v[i]));
+        exchange_halves<1, N, T>(v);
+        for (int i = 0; i < N; ++i) std::memcpy(to + (bj + i) * kLanes + bi, &v[i], sizeof(v[i]));
+      }
+    return;
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) out[r * Columns + c] = sum_of<T>(sum[r][c]);
+#endif
+#endif
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) to[j * kLanes + i] = from[i * kLanes + j];
 }
 
-inline constexpr int kDotRows = 4;
-inline constexpr int kDotColumns = FK_VECTOR_BYTES == 64 ? 6 : 2;
-
-template <int Rows, class T>
-void dot_rows(int64_t rows, const T* g, int64_t g_stride, const T* a, int64_t a_stride, int64_t samples, T* out) {
-  if (rows == Rows) return dot_block<Rows, kDotColumns>(g, g_stride, a, a_stride, samples, out);
-  if constexpr (Rows > 1) dot_rows<Rows - 1>(rows, g, g_stride, a, a_stride, samples, out);
-}
-
-// The rows of some panels. A few columns stay in the first-level cache while all rows of a panel pass by.
+// `rows` rows of lanes of one tile into their chunks. Rows that fill up the last chunk and lanes beyond the last sample are
+// written as zero: sums over samples run over whole tiles.
 template <class T>
-void weight_gradient(const WeightGradient<T>& w, int64_t panel_begin, int64_t panel_end) {
-  const Layer& layer = *w.layer;
-  alignas(64) T out[kDotRows * kDotColumns];
-  for (int64_t i = panel_begin; i < panel_end; ++i) {
-    const Panel& panel = layer.panel[i];
-    for (int64_t r = 0; r < panel.rows; ++r) {
-      const T* g = w.g - (panel.row + r) * w.g_stride;
-      typename VectorOf<T>::type sum = {};
-      for (int64_t s = 0; s < w.samples; s += FK_VECTOR_BYTES / sizeof(T))
-        sum += *reinterpret_cast<const typename VectorOf<T>::unaligned*>(g + s);
-      w.bias[layer.perm[panel.row + r]] = sum_of<T>(sum);
+void keep_rows(const T* rows, int64_t count, int64_t samples, T* kept, int64_t stride, int64_t first) {
+  alignas(64) T block[kLanes * kLanes];
+  for (int64_t r = 0; r < count; r += kLanes, kept += stride * kLanes) {
+    const T* from = rows + r * kLanes;
+    const int64_t n = std::min<int64_t>(kLanes, count - r);
+    if (n < kLanes || samples < kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i)
+        for (int64_t j = 0; j < kLanes; ++j)
+          block[i * kLanes + j] = i < n && j < samples ? from[i * kLanes + j] : T(0);
+      from = block;
     }
-    for (int64_t k = 0; k < panel.depth; k += kDotColumns) {
-      const int64_t columns = std::min<int64_t>(kDotColumns, panel.depth - k);
-      for (int64_t r = 0; r < panel.rows; r += kDotRows) {
-        const int64_t rows = std::min<int64_t>(kDotRows, panel.rows - r);
-        const T* g = w.g - (panel.row + r) * w.g_stride;
-        const T* a = w.a + k * w.a_stride;
-        if (columns == kDotColumns)
-          dot_rows<kDotRows>(rows, g, -w.g_stride, a, w.a_stride, w.samples, out);
-        else
-          for (int64_t x = 0; x < columns; ++x)
-            for (int64_t y = 0; y < rows; ++y)
-              dot_block<1, 1>(g - y * w.g_stride, 0, a + x * w.a_stride, 0, w.samples, out + y * kDotColumns + x);
-        for (int64_t y = 0; y < rows; ++y) {
-          const int64_t row = layer.perm[panel.row + r + y] * layer.weight_columns;
-          for (int64_t x = 0; x < columns; ++x) {
-            const int64_t at = row + w.column_perm[k + x];
-            const bool exists = w.mask ? w.mask[at] : k + x < w.row_depth[panel.row + r + y];
-            w.weight[at] = exists ? out[y * kDotColumns + x] : T(0);
-          }
-        }
+    transpose_block(from, kept + first * kLanes);
+  }
+}
+
+// And back. `rows` has room for whole chunks.
+template <class T>
+void load_rows(T* rows, int64_t count, const T* kept, int64_t stride, int64_t first) {
+  for (int64_t r = 0; r < count; r += kLanes, kept += stride * kLanes)
+    transpose_block(kept + first * kLanes, rows + r * kLanes);
+}
+
+// The gradients of the weights of one chunk of rows.
+template <class T>
+void weight_gradient(const WeightGradient<T>& w, int64_t chunk) {
+  const int64_t r0 = chunk * kLanes, rows = std::min<int64_t>(kLanes, w.rows - r0);
+  const T* g = w.g + chunk * w.stride * kLanes;
+  alignas(64) T sum[kLanes * kLanes] = {};
+  for (int64_t s = 0; s < w.samples; ++s)
+    for (int i = 0; i < kLanes; ++i) sum[i] += g[s * kLanes + i];
+  for (int64_t r = 0; r < rows; ++r) w.bias[w.row_perm[r0 + r]] = sum[r];
+  const int64_t depth = w.chunk_depth[chunk];
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    std::memset(sum, 0, sizeof(sum));
+    multiply_add_rows(sum, g, kLanes, w.a + k * w.stride, w.samples, rows);
+    const int64_t columns = std::min(kLanes + int64_t{0}, depth - k);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = w.row_perm[r0 + r] * w.weight_columns;
+      for (int64_t c = 0; c < columns; ++c) {
+        const int64_t at = row + w.column_perm[k + c];
+        const bool exists = w.mask ? w.mask[at] : k + c < w.row_depth[r0 + r];
+        w.weight[at] = exists ? sum[r * kLanes + c] : T(0);
       }
     }
   }

@@ -12,20 +12,23 @@ namespace fk {
 // Samples are worked on in tiles of this many: one AVX-512 register of float32.
 inline constexpr int kLanes = 16;
 
-// The gradient of one layer's weights: rows of gradients times rows of the outputs of the layer before.
+// The gradient of one layer's weights: rows of gradients times rows of the outputs of the layer before, both kept in chunks
+// [chunk][sample][row].
 template <class T>
 struct WeightGradient {
-  const Layer* layer;          // of the forward net
+  int64_t rows;
+  const int64_t* row_perm;     // [rows] index in the user's order
   const int64_t* column_perm;  // of the layer before
-  const T* g;                  // row of forward row r: g - r * stride (they are kept in reverse order)
-  const T* a;                  // row of column k: a + k * stride
-  int64_t g_stride, a_stride, samples;
+  const int64_t* chunk_depth;  // columns that any row of a chunk has
+  const T* g;
+  const T* a;
+  int64_t stride, samples;  // samples per chunk, and how many of them count
   const bool* mask;          // of the user's weight, or null:
   const int64_t* row_depth;  // then row r has the columns [0, row_depth[r])
+  int64_t weight_columns;
   T* weight;
   T* bias;
 };
-
 
 // Scratch memory of one thread, aligned, kept between calls: fresh memory costs page faults.
 class Scratch {

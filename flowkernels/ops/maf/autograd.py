@@ -31,7 +31,7 @@ def _fake(
     x: Tensor, context: Tensor | None, packed: Tensor, table: Tensor, law: int, numbers: list[float], form: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     samples = x.shape[0]
-    return x.new_empty(x.shape), x.new_empty(samples), x.new_empty(rows, ((samples + _LANES - 1) // _LANES + 1) * _LANES)
+    return x.new_empty(x.shape), x.new_empty(samples), x.new_empty(rows, (samples + _LANES - 1) // _LANES * _LANES)
 
 
 def _fake_backward(
