@@ -57,7 +57,11 @@ class Plan:
     ) -> None:
         if len(masks) == 0:
             raise ValueError("masks must hold at least the output layer's mask, got none")
-        self.masks = tuple(m.detach().to("cpu", torch.bool).contiguous() for m in masks)
+        for i, mask in enumerate(masks):
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"masks[{i}] must be a torch.Tensor, got {type(mask).__name__}")
+        # Copied: a mask that is changed later must not change what the kernels read.
+        self.masks = tuple(m.detach().to("cpu", torch.bool, copy=True).contiguous() for m in masks)
         hidden = len(self.masks) - 1
         self.activation = (activation,) * hidden if isinstance(activation, str) else tuple(activation)
         self.residual = (None,) * hidden if residual is None else tuple(residual)
@@ -111,6 +115,8 @@ class Plan:
         for i in self.context:
             if not 0 <= i <= hidden:
                 raise ValueError(f"context must name layers 0 to {hidden}, got {i}")
+            if self.context.count(i) > 1:
+                raise ValueError(f"context names layer {i} twice")
 
     def _find_times(self) -> None:
         """Steps of the features and times of the units, from what reaches what."""
@@ -228,7 +234,7 @@ class Plan:
             residual_rows = -1
             if layer.residual is not None:
                 source = positions[layer.residual]
-                where = torch.full((int(max(source.max(), layer.perm.max())) + 1,), -1)
+                where = torch.full((max(mask.shape[0] for mask in self.masks),), -1)
                 where[source] = torch.arange(len(source))
                 residual_rows = put(where[layer.perm])
             bias = -1

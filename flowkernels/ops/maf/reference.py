@@ -56,7 +56,7 @@ def transform(
 ) -> tuple[Tensor, Tensor]:
     shift = theta[..., plan.parameters.index("shift")]
     scale = theta[..., plan.parameters.index("scale")]
-    return affine.affine_coupling(x, shift, scale, None, law.code, law.numbers, FORMS.index(form), inverse)
+    return affine.affine_coupling(x, shift, scale, None, None, law.code, law.numbers, FORMS.index(form), inverse)
 
 
 def maf_forward(
