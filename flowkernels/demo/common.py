@@ -213,7 +213,9 @@ def _progress(total: int, label: str) -> Any:
     except ImportError as error:
         raise SystemExit("the demo needs tqdm for its progress bar: pip install 'flowkernels[demo]'") from error
     # A terminal gets a moving bar, a file a line now and then.
-    return tqdm(total=total, desc=label, unit="epoch", mininterval=0.2 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
+    return tqdm(
+        total=total, desc=label, unit="epoch", mininterval=0.2 if sys.stderr.isatty() else 10.0, dynamic_ncols=True
+    )
 
 
 class Gaussian(nn.Module):
