@@ -24,9 +24,9 @@ _WHAT = {
 def explain(model: nn.Module | None = None) -> str:
     """What will run and why, as text.
 
-    Without argument: versions, the compiled library, the backends and why each is or isn't there. With a module: one line for
-    each part of it, with the operators it calls, their plan, and the backend that they run on with the parameters where they
-    are now and under the `use_backend` of this thread.
+    Without argument: versions, the compiled library, the backends and why each is or isn't there. With a module: one
+    line for each part of it, with the operators it calls, their plan, and the backend that they run on with the
+    parameters where they are now and under the `use_backend` of this thread.
 
     Raises:
         TypeError: `model` is no torch.nn.Module.
@@ -51,12 +51,13 @@ def describe(module: nn.Module) -> str | None:
 def _(module: AutoregressiveTransform) -> str:
     way = ("maf_inverse", "maf_forward") if module.flipped else ("maf_forward", "maf_inverse")
     made = module.conditioner
-    return f"{way[0]}, sampling {way[1]}; law {module.law.name}; {describe_plan(made.plan, made.layers[0].weight)}"
+    plan = describe_plan(made.plan, made.plan_parameters()[0])
+    return f"{way[0]}, sampling {way[1]}; law {module.law.name}; {plan}"
 
 
 @describe.register
 def _(module: MADE) -> str:
-    return f"masked_linear x {len(module.layers)}; {describe_plan(module.plan, module.layers[0].weight)}"
+    return f"masked_linear x {len(module.layers)}; {describe_plan(module.plan, module.plan_parameters()[0])}"
 
 
 @describe.register
@@ -74,8 +75,8 @@ def describe_plan(plan: Plan, like: Tensor) -> str:
     dense = sum(mask.numel() + mask.shape[0] for mask in plan.masks)
     size = like.element_size()
     return (
-        f"{plan.features} features and {widths} hidden units, {_count(plan.steps, 'step')} in {_count(blocks, 'block')}, "
-        f"packed {_bytes(plan.packed_sizes[0] * size)} (dense {_bytes(dense * size)})"
+        f"{plan.features} features and {widths} hidden units, {_count(int(plan.steps), 'step')} "
+        f"in {_count(blocks, 'block')}, packed {_bytes(plan.packed_sizes[0] * size)} (dense {_bytes(dense * size)})"
     )
 
 
@@ -84,32 +85,33 @@ def _bytes(n: int) -> str:
 
 
 def _module(model: nn.Module) -> str:
-    lines: list[tuple[str, str, str]] = []
+    parts: dict[tuple[str, str, str], list[str]] = {}  # kind, backend, what -> the names of the modules alike
     reasons: dict[str, None] = {}  # a set that keeps its order
     seen: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in seen:
             continue
-        text = describe(module)
-        label = f"{name or '(itself)'}: {type(module).__name__}"
+        kind, text = type(module).__name__, describe(module)
         if text is not None:
             seen.update(child for child in module.modules() if describe(child) is not None)
             backend, reason = _decide(next(module.parameters(), torch.empty(0)))
             reasons.setdefault(f"{backend}: {reason}")
-            lines.append((label, backend, text))
+            parts.setdefault((kind, backend, text), []).append(name)
         elif next(module.parameters(recurse=False), None) is not None:
             reasons.setdefault("torch: layers that call no flowkernels operator run as PyTorch runs them")
-            lines.append((label, "torch", "plain PyTorch"))
+            parts.setdefault((kind, "torch", "plain PyTorch"), []).append(name)
     parameters = list(model.parameters())
-    title = f"{type(model).__name__}: {sum(p.numel() for p in parameters):,} parameters"
+    lines = [f"{type(model).__name__}: {sum(p.numel() for p in parameters):,} parameters"]
     places = sorted({f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for p in parameters})
     if places:
-        title += f", {' and '.join(places)}"
-    if not lines:
-        return f"{title}\n  nothing in it calls a flowkernels operator"
-    first, second = (max(len(line[i]) for line in lines) for i in (0, 1))
-    text = [title] + [f"  {label:<{first}}  {backend:<{second}}  {what}" for label, backend, what in lines]
-    return "\n".join(text + ["why"] + [f"  {reason}" for reason in reasons])
+        lines[0] += f", {' and '.join(places)}"
+    if not any(backend != "torch" for _, backend, _ in parts):
+        return f"{lines[0]}\n  nothing in it calls a flowkernels operator"
+    for (kind, backend, text), names in parts.items():
+        many = f"{len(names)} x " if len(names) > 1 else ""
+        where = f" ({names[0]} to {names[-1]})" if many else f" ({names[0]})" if names[0] else ""
+        lines += [f"  {many}{kind}{where}: {backend}", f"    {text}"]
+    return "\n".join([*lines, *(f"  why {reason}" for reason in reasons)])
 
 
 def _decide(like: Tensor) -> tuple[str, str]:

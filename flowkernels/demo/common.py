@@ -1,18 +1,17 @@
-"""What the demonstrations share: the digits, dequantization, bits per dimension, the training loop, pictures, tables.
+"""What the demonstrations share: the digits, dequantization, bits per dimension, the training loop, a baseline.
 
-An objective is a function of a batch of images, (N, 64) grey levels, that returns (N,) lower bounds of log P(image) in nats: a
-flow's density of the dequantized image, or a VAE's ELBO. Everything here, training loop and measures, works on objectives.
+An objective is a function of a batch of images, (N, 64) grey levels, that returns (N,) lower bounds of log P(image) in
+nats: a flow's density of the dequantized image, or a VAE's ELBO. Training loop and measures work on objectives.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """scikit-learn's 1797 digits, shuffled and split in the same way each time: 1257 train, 270 validation, 270 test."""
+    """scikit-learn's 1797 digits, always split in the same way: 1257 to train, 270 to validate, 270 to test."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
@@ -64,9 +63,9 @@ def load_digits() -> Digits:
 class Dequantizer:
     """Grey levels to the whole real line and back: ``x = (level + u) / 17``, ``y = logit(margin + (1 - 2 margin) x)``.
 
-    With u uniform in [0, 1), ``log P(level) >= E_u log p(level + u)`` (Theis et al. 2016, arXiv:1511.01844), and the density of
-    ``level + u`` is that of y times dy/d(level), which `encode` returns the logarithm of. The margin keeps the logit from
-    stretching black and white over the whole line (Dinh et al. 2017, arXiv:1605.08803).
+    With u uniform in [0, 1), ``log P(level) >= E_u log p(level + u)`` (Theis et al. 2016, arXiv:1511.01844), and the
+    density of ``level + u`` is that of y times dy/d(level), which `encode` returns the logarithm of. The margin keeps
+    the logit from stretching black and white over the whole line (Dinh et al. 2017, arXiv:1605.08803).
     """
 
     def __init__(self, margin: float = 0.05) -> None:
@@ -114,7 +113,7 @@ def fixed_noise(seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def bits_per_dim(objective: Objective, levels: Tensor, *, draws: int = 16, seed: int = 1) -> tuple[float, float]:
-    """Bits per dimension of `levels` and the standard error over images, averaged over `draws` of the objective's noise.
+    """Bits per dimension, averaged over `draws` of the objective's noise, and the standard error over images.
 
     The average of the logarithm, not of the density: the bound itself, not a tighter one.
     """
@@ -151,13 +150,13 @@ def fit(
     patience: int = 40,
     seed: int = 0,
 ) -> Curve:
-    """Maximises `objective` over the model's parameters and leaves it with those that were best on the validation images.
+    """Maximises `objective` and leaves the model with the parameters that were best on the validation images.
 
     AdamW with a cosine schedule. What is validated, and kept, is an exponential moving average of the parameters over
-    ``1 / (1 - average)`` steps. It stops when `patience` epochs have brought nothing. Every epoch draws new noise for the same
-    images, so the order of the images and the noise depend on `seed` only: two models with one seed see the same data.
+    ``1 / (1 - average)`` steps. It stops when `patience` epochs have brought nothing. Every epoch draws new noise for
+    the same images; two models with one seed see the same images in the same order with the same noise.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     steps = -(-len(digits.train) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
@@ -171,7 +170,7 @@ def fit(
             for rows in torch.randperm(len(digits.train)).split(batch):
                 optimizer.zero_grad(set_to_none=True)
                 loss = -objective(digits.train[rows]).mean() / PIXELS
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
@@ -198,7 +197,7 @@ def fit(
 
 
 @contextlib.contextmanager
-def _values(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+def _values(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
     """The parameters have other values inside."""
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -240,84 +239,10 @@ class Gaussian(nn.Module):
     def log_prob(self, y: Tensor) -> Tensor:
         z = torch.linalg.solve_triangular(self.root, (y.double() - self.mean).T, upper=False)
         logdet = self.root.diagonal().log().sum()
-        return -0.5 * (z.square().sum(0) + len(z) * math.log(2 * math.pi)) - logdet
+        density: Tensor = -0.5 * (z.square().sum(0) + len(z) * math.log(2 * math.pi)) - logdet
+        return density
 
     def sample(self, n: int) -> Tensor:
         noise = torch.randn(n, len(self.mean), dtype=self.root.dtype)
-        return (self.mean + noise @ self.root.T).float()
-
-
-# ---- timing and telling --------------------------------------------------------------------------------------------
-
-
-def best_time(run: Callable[[], Any], *, repeats: int = 5) -> float:
-    """Seconds of the fastest of `repeats` runs: the one that other work on the machine disturbed least."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def seconds(value: float) -> str:
-    """A time with three digits and its unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if value * scale >= 1:
-            return f"{value * scale:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text in columns, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[0] = row[0].ljust(widths[0])
-        return "  " + "  ".join(cells).rstrip()
-
-    return "\n".join([line(head), "  " + "  ".join("-" * width for width in widths), *map(line, rows)])
-
-
-def save_numbers(path: Path, numbers: Mapping[str, Any]) -> None:
-    """Writes what a run found as JSON, with what it ran on."""
-    import flowkernels
-
-    about = {"flowkernels": flowkernels.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**numbers, "versions": about}, indent=2) + "\n")
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def pyplot() -> Any:
-    """matplotlib without a display, or a plain word about how to get it."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("the demo needs matplotlib for its picture: pip install 'flowkernels[demo]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def show_digits(axes: Any, levels: Tensor, title: str, *, rows: int = 8, columns: int = 10) -> None:
-    """Draws the first rows x columns images, (N, 64) grey levels, side by side, ink dark."""
-    images = levels[: rows * columns].detach().reshape(-1, SIDE, SIDE).cpu()
-    border = torch.full((rows, SIDE + 1, columns, SIDE + 1), torch.nan)
-    for i, image in enumerate(images):
-        border[i // columns, :SIDE, i % columns, :SIDE] = image
-    sheet = border.reshape(rows * (SIDE + 1), columns * (SIDE + 1))[:-1, :-1]
-    axes.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=LEVELS - 1, interpolation="nearest")
-    axes.set_title(title)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+        y: Tensor = self.mean + noise @ self.root.T
+        return y.float()
