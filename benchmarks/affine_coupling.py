@@ -1,4 +1,4 @@
-"""affine_coupling: y = sigma(u) x + t and its log-det, bound by memory. The benchmark file to copy for a new operator."""
+"""affine_coupling: y = sigma(u) x + t and its log-det, bound by memory. The file to copy for a new operator."""
 
 from __future__ import annotations
 
@@ -27,22 +27,19 @@ def _in_place(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return scale.exp().mul_(x).add_(shift), scale.sum(-1)
 
 
-def _normflows(features: int) -> Coupling:
-    """normflows' affine coupling layer transforms the second half of its input; here its shift and scale are given."""
-    flows = peer("normflows.flows")
+def _normflows(shift: Tensor, scale: Tensor, inverse: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """normflows' affine coupling layer, its conditioner's output given: [shift, scale] of each feature side by side."""
+    parameters = torch.stack([shift, scale], -1).flatten(1)
 
     class Given(torch.nn.Module):
-        parameters_of_call: Tensor
-
         def forward(self, _: Tensor) -> Tensor:
-            return self.parameters_of_call
+            return parameters
 
-    given = Given()
-    layer = flows.AffineCoupling(given, scale=True, scale_map="exp")
+    layer = peer("normflows.flows").AffineCoupling(Given(), scale=True, scale_map="exp")
+    call = layer.inverse if inverse else layer
 
-    def run(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        given.parameters_of_call = torch.stack([shift, scale], -1).flatten(1)
-        (_, y), logdet = layer([x[:, :0], x])
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        (_, y), logdet = call([x[:, :0], x])
         return y, logdet
 
     return run
@@ -66,6 +63,9 @@ def _once(direction: str, rows: int, features: int, memory: str, options: Option
     ]
     if direction == "forward":
         variants.append(Variant("PyTorch, in place", RIVAL, lambda: _in_place(x, shift, scale)))
+    if options.wants(PEER, "normflows") and peer("normflows") is not None:
+        layer = _normflows(shift, scale, direction == "inverse")
+        variants.append(Variant("normflows", PEER, lambda: layer(x)))
     return Problem(
         variants,
         lambda: plain(x.double(), shift.double(), scale.double()),
@@ -97,8 +97,7 @@ def _both(rows: int, features: int, memory: str, options: Options) -> Problem:
             Variant("torch.compile", COMPILED, lambda: step(fused, shared)),
         ],
         lambda: step(forward, leaves(torch.float64), torch.float64),
-        # Forward: three in, one out. Backward: grad_y, x and scale in, three gradients out (grad_shift is grad_y as it is,
-        # but a tensor of its own).
+        # Forward: three in, one out. Backward: grad_y, x and scale in, three gradients out.
         bytes=4.0 * (4 + 6) * x.numel(),
         grad=True,
         reuse_memory=memory == "reused",
@@ -110,7 +109,7 @@ def cases(quick: bool) -> list[Case]:
     sizes = [(1, 8), (1000, 64)] if quick else [(1, 8), (100, 64), (4096, 64), (65536, 256)]
     found = []
     for rows, features in sizes:
-        # An output of more than 32 MB comes as fresh pages from the system at every call, unless the C library may keep it.
+        # More than 32 MB come as fresh pages from the system at every call, unless the C library may keep them.
         for memory in ("fresh", "reused") if rows * features >= 2**23 else ("fresh",):
             size = {"N": rows, "D": features, "memory": memory}
             found += [

@@ -16,19 +16,29 @@ FORMAT = 1
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flowkernels bench",
-        description="Times every operator and model beside plain PyTorch, torch.compile and other libraries. All results of a case"
-        " are compared first; a case in which one is wrong gives no figures, and the exit status is 1.",
+        description="Times every operator and model beside plain PyTorch, torch.compile and other libraries. All"
+        " results of a case are compared first; a case in which one is wrong gives no figures, and the exit status is 1.",
     )
-    parser.add_argument("--op", action="append", default=[], metavar="NAME", help="only this operator or family; repeatable")
-    parser.add_argument("--peers", action="store_true", help="also time nflows, zuko, normflows, those that are installed")
+    parser.add_argument(
+        "--op", action="append", default=[], metavar="NAME", help="only this operator or family; repeatable"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="also time nflows, zuko, normflows, those that are installed"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes: minutes, to see that everything works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results into this folder")
-    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a variant or a kind, e.g. torch.compile")
-    parser.add_argument("--seconds", type=float, default=None, help="how long to time each variant (default 1, quick 0.2)")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="leave out a variant or a kind, e.g. torch.compile"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="how long to time each variant (default 1, quick 0.2)"
+    )
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="set two result files or commits side by side")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="no run: fill the README and draw pictures from these results")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="no run: fill the README and draw pictures from these results"
+    )
     return parser
 
 
@@ -40,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.compare:
             from benchmarks.compare import compare
 
-            return compare(*options.compare, arguments=_run_arguments(options))
+            first, second = options.compare
+            return compare(first, second, _run_arguments(options))
         if options.report:
             from benchmarks.report import report
 

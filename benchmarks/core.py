@@ -1,8 +1,9 @@
 """Cases and how they are run: checked against each other first, then timed in turns.
 
-A `Case` names one computation at one size. `Case.prepare` builds a `Problem`: the same inputs and the same weights given to
-every `Variant` (ours, plain PyTorch, torch.compile, the peers, the best that plain PyTorch could do), and the truth, computed
-in float64 by something that is not under test. No figure leaves this file for a case in which any result was wrong.
+A `Case` names one computation at one size. `Case.prepare` builds a `Problem`: the same inputs and the same weights
+given to every `Variant` (ours, plain PyTorch, torch.compile, the peers, the best that plain PyTorch could do), and the
+truth, computed in float64 by something that is not under test. No figure leaves this file for a case in which any
+result was wrong.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import ctypes.util
 import gc
 import importlib
 import math
-import pkgutil
 import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ class Variant:
         name: as printed, the same in every case: ``flowkernels``, ``PyTorch``, ``torch.compile``, ``nflows``, ...
         kind: a key of `KINDS`.
         run: the call that is timed. Its result, a tensor or a sequence of tensors, is what gets checked.
-        truth: what the result should be, in float64, if it isn't what the case's `Problem.truth` says: a peer with another
-            scale law, a yardstick.
+        truth: what the result should be, in float64, if it isn't what `Problem.truth` says: a peer with another scale
+            law, a yardstick.
         result: turns what `run` returns into the tensors to check, outside of the timing.
     """
 
@@ -65,12 +66,12 @@ class Problem:
     Attributes:
         variants: ours first. A peer that is not installed is left out, see `peer`.
         truth: the right result in float64.
-        flops, bytes: what the computation needs at least: arithmetic on weights that exist, each input read and each output
-            written once. The measured rate is this over the time, for every variant.
+        flops, bytes: what the computation needs at least: arithmetic on weights that exist, each input read and each
+            output written once. The measured rate is this over the time, for every variant.
         grad: run with autograd on.
-        reuse_memory: let the C library keep freed blocks, so that an output does not come as fresh pages from the system.
-        least: errors are relative to a tensor's largest entry; to this if that is smaller, such as for a log-det whose terms
-            nearly cancel.
+        reuse_memory: let the C library keep freed blocks: then no output comes as fresh pages from the system.
+        least: errors are relative to a tensor's largest entry; to this if that is smaller, such as for a log-det whose
+            terms nearly cancel.
         reference: the variant whose error sets the bound for the others; the first one of kind ``plain`` if None.
     """
 
@@ -130,15 +131,11 @@ class WrongResult(Exception):
 
 def modules() -> dict[str, Any]:
     """The files of this package that have cases, by name."""
-    import benchmarks
-
     found = {}
-    for info in pkgutil.iter_modules(benchmarks.__path__):
-        # By its text, so that importing this package's tests or a report does not come with looking for cases.
-        spec = importlib.util.find_spec(f"benchmarks.{info.name}")
-        source = spec.loader.get_source(spec.name) if spec is not None and spec.loader is not None else None  # type: ignore[attr-defined]
-        if source is not None and re.search(r"^def cases\(", source, re.MULTILINE):
-            found[info.name] = importlib.import_module(f"benchmarks.{info.name}")
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        # By its text first: a file without cases (tests, the report) is not imported just to look for some.
+        if re.search(r"^def cases\(", path.read_text(), re.MULTILINE):
+            found[path.stem] = importlib.import_module(f"benchmarks.{path.stem}")
     return found
 
 
@@ -194,9 +191,9 @@ def error_of(result: Result, truth: Result, least: float = 0.0) -> float:
 def check(problem: Problem, results: Mapping[str, Result]) -> dict[str, float]:
     """The error of every variant, against float64.
 
-    A kernel may be wrong by at most twice what plain PyTorch in the same dtype is, plus a few roundings; so may its rivals,
-    and a peer, which sums in its own order, twice that again. Plain PyTorch itself sets the scale, so it gets a bound of its
-    own: 1000 roundings (sums of a thousand terms, a chain of a hundred layers).
+    A kernel may be wrong by at most twice what plain PyTorch in the same dtype is, plus a few roundings; so may its
+    rivals, and a peer, which sums in its own order, twice that again. Plain PyTorch itself sets the scale, so it gets a
+    bound of its own: 1000 roundings (sums of a thousand terms, a chain of a hundred layers).
 
     Raises:
         WrongResult: with the variant, its error and the bound.
@@ -210,7 +207,9 @@ def check(problem: Problem, results: Mapping[str, Result]) -> dict[str, float]:
         # Several variants may share one truth.
         return own.setdefault(id(variant.truth), variant.truth())
 
-    errors = {v.name: error_of(results[v.name], truth_of(v), problem.least) for v in problem.variants if v.name in results}
+    errors = {
+        v.name: error_of(results[v.name], truth_of(v), problem.least) for v in problem.variants if v.name in results
+    }
     plain = problem.reference or next((v.name for v in problem.variants if v.kind == PLAIN and v.name in results), None)
     eps = max(torch.finfo(t.dtype).eps for r in results.values() for t in r if t.is_floating_point())
     base = 1000 * eps if plain is None else min(2 * errors[plain] + 32 * eps, 1000 * eps)
@@ -233,10 +232,10 @@ SLOW = 2.0  # seconds per call, from which on two calls have to do
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], seconds: float, tick: Callable[[float], None] = lambda share: None
 ) -> dict[str, list[float]]:
-    """Seconds per call of every one of `runs`, in turns, so that a slower or faster spell of the machine meets all alike.
+    """Seconds per call of each of `runs`, in turns, so that a slower or faster spell of the machine meets all alike.
 
-    Every turn begins with a call that is not counted: it brings back into the caches what the others have pushed out. Calls
-    that take longer than a turn do without, for the same reason: there is no cache that they would leave warm.
+    Every turn begins with a call that is not counted: it brings back into the caches what the others have pushed out.
+    Calls that take longer than a turn do without: there is no cache that they would leave warm.
     """
     turns: list[tuple[float, str, int, bool]] = []
     for name, run in runs.items():
@@ -287,7 +286,7 @@ def _libc() -> Any:
 
 @contextlib.contextmanager
 def reused_memory(wanted: bool = True) -> Iterator[None]:
-    """glibc keeps freed blocks instead of handing large ones back to the system, where the next one costs page faults."""
+    """glibc keeps freed blocks; otherwise large ones go back to the system and the next one costs page faults."""
     libc = _libc() if wanted else None
     if libc is None:
         yield
@@ -304,10 +303,10 @@ def reused_memory(wanted: bool = True) -> Iterator[None]:
 
 
 def peak_memory(run: Callable[[], Any]) -> int | None:
-    """Bytes that one call has in use at its peak beyond what was in use before, its result included; None where unknown.
+    """Bytes in use at a call's peak beyond what was in use before it, its result included; None where unknown.
 
-    From the kernel's high-water mark of the process, which Linux lets a process reset: it sees every allocator, PyTorch's and
-    a kernel's own scratch memory alike. Resolution is a few pages per thread.
+    From the system's high-water mark of the process, which Linux lets a process reset: it sees every allocator,
+    PyTorch's and a kernel's own scratch memory alike. Resolution is a few pages per thread.
     """
     libc = _libc()
     if libc is None:

@@ -51,7 +51,9 @@ def _wants(options: Options, name: str) -> bool:
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
-def _sampling(features: int, hidden: int, transforms: int, batch: int, layers: int, others: bool, options: Options) -> Problem:
+def _sampling(
+    features: int, hidden: int, transforms: int, batch: int, layers: int, others: bool, options: Options
+) -> Problem:
     """z -> x. The noise is given, so that all draw the same samples and can be compared.
 
     `others` leaves out what would take too long in a sweep over sizes.
@@ -71,7 +73,9 @@ def _sampling(features: int, hidden: int, transforms: int, batch: int, layers: i
     if others and features < TOO_MANY_FEATURES:
         variants.insert(1, Variant("PyTorch", PLAIN, lambda: plain.sample_naive(nets, z)))
         if not options.quick or features <= 64:
-            variants.append(Variant("PyTorch, masked once", RIVAL, lambda: plain.sample_naive(masked, z, multiply=False)))
+            variants.append(
+                Variant("PyTorch, masked once", RIVAL, lambda: plain.sample_naive(masked, z, multiply=False))
+            )
         if _wants(options, "nflows"):
             other = peers.nflows_flow(nets)
             variants.append(Variant("nflows", PEER, lambda: other._transform.inverse(z)))
@@ -82,7 +86,9 @@ def _sampling(features: int, hidden: int, transforms: int, batch: int, layers: i
                 x, ladj = zuko().transform.inv.call_and_ladj(z)
                 return x, ladj
 
-            variants.append(Variant("zuko", PEER, run, lambda: plain.sample_blocked(double, z.double(), plain.softclip_law)))
+            variants.append(
+                Variant("zuko", PEER, run, lambda: plain.sample_blocked(double, z.double(), plain.softclip_law))
+            )
         if _wants(options, "normflows") and transforms == 1:
             layer, net = peers.normflows_layer(nets[0])
             truth = plain.Blocked(net.double().masked())
@@ -148,7 +154,12 @@ def _log_prob(features: int, hidden: int, transforms: int, batch: int, options: 
     if _wants(options, "zuko"):
         zuko = peers.zuko_flow(nets)
         variants.append(
-            Variant("zuko", PEER, lambda: zuko().log_prob(x), lambda: [plain.log_prob(double, x.double(), plain.softclip_law)])
+            Variant(
+                "zuko",
+                PEER,
+                lambda: zuko().log_prob(x),
+                lambda: [plain.log_prob(double, x.double(), plain.softclip_law)],
+            )
         )
     return Problem(
         variants,
@@ -190,13 +201,15 @@ def _training(features: int, hidden: int, transforms: int, batch: int, options: 
         def step() -> Tensor:
             optimizer.zero_grad()
             loss = -log_prob().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             return loss.detach()
 
         return Variant(name, kind, step, truth, lambda loss: [loss, *gradients()])
 
-    def ours_like(name: str, kind: str, make: Callable[[list[plain.Net]], Callable[[Tensor], Tensor]], **more: object) -> Variant:
+    def ours_like(
+        name: str, kind: str, make: Callable[[list[plain.Net]], Callable[[Tensor], Tensor]], **more: object
+    ) -> Variant:
         module = copy.deepcopy(flow)
         nets = plain.nets_of(module)
         log_prob = make(nets)
@@ -224,7 +237,12 @@ def _training(features: int, hidden: int, transforms: int, batch: int, options: 
         zuko = peers.zuko_flow(nets)
         variants.append(
             variant(
-                "zuko", PEER, zuko, lambda: zuko().log_prob(x), lambda: peers.zuko_gradients(zuko), partial(truth, law=plain.softclip_law)
+                "zuko",
+                PEER,
+                zuko,
+                lambda: zuko().log_prob(x),
+                lambda: peers.zuko_gradients(zuko),
+                partial(truth, law=plain.softclip_law),
             )
         )
     return Problem(
@@ -265,9 +283,17 @@ def _rsample(features: int, hidden: int, batch: int, options: Options) -> Proble
     unmasked = [net.unmasked() for net in nets[2]]
     variants = [
         Variant("flowkernels", OURS, lambda: both(nets[0], lambda: ours.inverse(z))),
-        Variant("flowkernels density", YARDSTICK, lambda: both(nets[1], lambda: density.transform(z)), partial(true_density, False)),
         Variant(
-            "dense pass", YARDSTICK, lambda: both(nets[2], lambda: plain.density(unmasked, z, multiply=False)), partial(true_density, True)
+            "flowkernels density",
+            YARDSTICK,
+            lambda: both(nets[1], lambda: density.transform(z)),
+            partial(true_density, False),
+        ),
+        Variant(
+            "dense pass",
+            YARDSTICK,
+            lambda: both(nets[2], lambda: plain.density(unmasked, z, multiply=False)),
+            partial(true_density, True),
         ),
         Variant(
             "PyTorch, blocked",
@@ -297,7 +323,8 @@ def _rsample(features: int, hidden: int, batch: int, options: Options) -> Proble
 
 def sampling(d: int, h: int, b: int, transforms: int = 1, layers: int = 2, sweep: str | None = None) -> Case:
     size = {"D": d, "H": h, "B": b, "transforms": transforms, "layers": layers}
-    return Case("maf", "sampling", size, partial(_sampling, d, h, transforms, b, layers, sweep is None), sweep)
+    op, what = ("maf", "sampling") if sweep is None else ("growth", f"sampling over {sweep}")
+    return Case(op, what, size, partial(_sampling, d, h, transforms, b, layers, sweep is None), sweep)
 
 
 def log_prob(d: int, h: int, b: int, transforms: int) -> Case:

@@ -1,4 +1,4 @@
-"""masked_linear: one linear layer of a MADE, weights masked by degrees, bound by arithmetic or, at batch 1, by the weights."""
+"""masked_linear: a hidden layer of a MADE, bound by arithmetic or, at batch 1, by reading the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.core import COMPILED, OURS, PEER, PLAIN, RIVAL, YARDSTICK, Case, Options, Problem, Variant, compiled, peer
+from benchmarks.core import (
+    COMPILED,
+    OURS,
+    PEER,
+    PLAIN,
+    RIVAL,
+    YARDSTICK,
+    Case,
+    Options,
+    Problem,
+    Variant,
+    compiled,
+    peer,
+)
 from flowkernels import ops
 
 
@@ -27,7 +40,9 @@ def masked(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     return F.linear(x, weight * mask, bias).relu()
 
 
-def _peers(options: Options, degrees: Tensor, mask: Tensor, features: int, weight: Tensor, bias: Tensor) -> dict[str, torch.nn.Module]:
+def _peers(
+    options: Options, degrees: Tensor, mask: Tensor, features: int, weight: Tensor, bias: Tensor
+) -> dict[str, torch.nn.Module]:
     found: dict[str, torch.nn.Module] = {}
     hidden = len(degrees)
     if options.wants(PEER, "nflows") and peer("nflows") is not None:
@@ -37,8 +52,8 @@ def _peers(options: Options, degrees: Tensor, mask: Tensor, features: int, weigh
         found["zuko"] = peer("zuko.nn").MaskedLinear(mask.bool())
     for layer in found.values():
         with torch.no_grad():
-            layer.weight.copy_(weight)  # type: ignore[union-attr,operator,arg-type]
-            layer.bias.copy_(bias)  # type: ignore[union-attr,operator,arg-type]
+            layer.weight.copy_(weight)  # type: ignore[operator]
+            layer.bias.copy_(bias)  # type: ignore[operator]
     return found
 
 
@@ -116,7 +131,11 @@ def _both(features: int, hidden: int, rows: int, options: Options) -> Problem:
 
 
 def cases(quick: bool) -> list[Case]:
-    sizes = [(8, 32, 1), (16, 64, 128)] if quick else [(8, 64, 1), (43, 512, 1), (63, 512, 128), (63, 512, 1024), (784, 1024, 1024)]
+    sizes = (
+        [(8, 32, 1), (16, 64, 128)]
+        if quick
+        else [(8, 64, 1), (43, 512, 1), (63, 512, 128), (63, 512, 1024), (784, 1024, 1024)]
+    )
     found = []
     for features, hidden, rows in sizes:
         size = {"D": features, "H": hidden, "B": rows}

@@ -1,6 +1,7 @@
-"""The peers' flows with the weights of a `flowkernels.models.MAF` (order "alternating", ReLU, no residual blocks).
+"""The peers' flows with the weights of a `flowkernels.models.MAF` (alternating order, ReLU, no residual blocks).
 
-nflows and zuko then compute the same flow, each with its own scale law; normflows has no activation after its first layer.
+nflows and zuko then compute the same flow, each with its own scale law; normflows has no activation after its first
+layer.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def zuko_gradients(flow: Any) -> list[Tensor]:
 
 
 def normflows_layer(net: Net) -> tuple[Any, Net]:
-    """normflows' MaskedAffineAutoregressive, and the network that it is: without an activation after the first layer."""
+    """normflows' MaskedAffineAutoregressive and the network that it is: no activation after the first layer."""
     with contextlib.redirect_stdout(io.StringIO()), _quiet():
         flows = peer("normflows.flows")
     layer = flows.MaskedAffineAutoregressive(

@@ -1,4 +1,4 @@
-"""Masked autoregressive flows in plain PyTorch: the rivals, and the truth in float64. Nothing here calls flowkernels' operators.
+"""Masked autoregressive flows in plain PyTorch: the rivals, and the truth in float64. Calls no operator of ours.
 
 The weights are those of a `flowkernels.models.MAF`, shared, not copied.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Net:
         return self._with([w.requires_grad_() for w in double.weights], [b.requires_grad_() for b in double.biases])
 
     def masked(self) -> Net:
-        """The weights multiplied by their masks once, which is all that masks are good for when weights don't change."""
+        """The weights multiplied by their masks once, which is enough as long as they don't change."""
         ones = [torch.ones((), dtype=w.dtype) for w in self.weights]
         return self._with([(w * m).detach() for w, m in zip(self.weights, self.masks, strict=True)], self.biases, ones)
 
@@ -74,21 +75,21 @@ class Net:
             x = F.linear(x, weight * mask if multiply else weight, bias)
             if self.relu_from <= i < last:
                 x = torch.relu(x)
-        return x.unflatten(-1, (-1, 2))
+        return x.reshape(-1, self.features, 2)
 
 
 def nets_of(flow: MAF) -> list[Net]:
     nets = []
     for layer in flow.layers:
-        made = layer.conditioner
-        linear = list(made.layers)  # type: ignore[union-attr,arg-type]
+        made: Any = layer.conditioner
+        linear = list(made.layers)
         nets.append(
             Net(
-                weights=[m.weight for m in linear],  # type: ignore[misc]
-                biases=[m.bias for m in linear],  # type: ignore[misc]
-                masks=[m.mask().to(m.weight.dtype) for m in linear],  # type: ignore[operator,union-attr,arg-type]
-                order=torch.argsort(made.in_degrees),  # type: ignore[union-attr,arg-type]
-                degrees=[m.out_degrees for m in linear[:-1]],  # type: ignore[misc]
+                weights=[m.weight for m in linear],
+                biases=[m.bias for m in linear],
+                masks=[m.mask().to(m.weight.dtype) for m in linear],
+                order=torch.argsort(made.in_degrees),
+                degrees=[m.out_degrees for m in linear[:-1]],
             )
         )
     return nets
@@ -132,9 +133,8 @@ def sample_naive(nets: list[Net], z: Tensor, law: Law = softplus_law, multiply: 
 class Blocked:
     """The sampler with which flowkernels wins, written in Python: every weight is used once.
 
-    Units are sorted by degree. For a block of features, what earlier blocks contribute is one product per layer; inside the
-    block, each feature is followed by the units that were waiting for it. Weights are sorted and masked at construction,
-    and kept between calls.
+    Units are sorted by degree. For a block of features, what earlier blocks contribute is one product per layer; inside
+    the block, each feature is followed by the units that were waiting for it. Weights are sorted and masked once.
     """
 
     def __init__(self, net: Net, block: int = 32) -> None:
@@ -172,9 +172,7 @@ class Blocked:
             base = []
             for layer, (r0, r1) in enumerate(spans):
                 before, done = (x, begin) if layer == 0 else (hidden[layer - 1], spans[layer - 1][0])
-                base.append(
-                    torch.addmm(self.biases[layer][r0:r1, None], inner[layer][r0:r1, :done], before[:done])
-                )
+                base.append(torch.addmm(self.biases[layer][r0:r1, None], inner[layer][r0:r1, :done], before[:done]))
             done = spans[-1][0]
             theta = torch.addmm(
                 self.biases[-1][2 * begin : 2 * end, None], out[2 * begin : 2 * end, :done], hidden[-1][:done]
@@ -192,7 +190,9 @@ class Blocked:
                     if a == b:
                         continue
                     before, c0, c1 = (
-                        (x, begin, i + 1) if layer == 0 else (hidden[layer - 1], spans[layer - 1][0], self.edges[layer - 1][i + 1])
+                        (x, begin, i + 1)
+                        if layer == 0
+                        else (hidden[layer - 1], spans[layer - 1][0], self.edges[layer - 1][i + 1])
                     )
                     v = torch.addmm(base[layer][a - r0 : b - r0], inner[layer][a:b, c0:c1], before[c0:c1])
                     hidden[layer][a:b] = v.relu_() if layer >= self.relu_from else v

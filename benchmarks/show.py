@@ -49,7 +49,9 @@ def rate(variant: Mapping[str, Any]) -> str:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The first column to the left, the others to the right."""
     if CONSOLE is not None:
-        drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        drawn = Table(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
         for i, column in enumerate(columns):
             drawn.add_column(column, justify="right" if i else "left", no_wrap=True)
         for row in rows:
@@ -60,18 +62,25 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
     print(title)
     for line in [columns, *rows]:
-        cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
     print()
 
 
 def heading(document: Mapping[str, Any]) -> None:
     device, versions, limits = document["device"], document["versions"], document["ceilings"]
-    print(f"flowkernels {versions['flowkernels']} {document['commit'] or ''}{' (changed)' if document['changed'] else ''},"
-          f" torch {versions['torch']}, Python {versions['python']}, {document['date']}")
+    print(
+        f"flowkernels {versions['flowkernels']} {document['commit'] or ''}{' (changed)' * document['changed']},"
+        f" torch {versions['torch']}, Python {versions['python']}, {document['date']}"
+    )
     print(f"{device['processor']}, {device['cores']} cores, {device['threads']} threads, kernels: {device['isa']}")
-    print(f"this machine's own limits, measured now: copy {limits['copy_gbs']:.1f} GB/s, GEMM {limits['gemm_gflops']:.0f} GFLOP/s"
-          " (float32)\n")
+    print(
+        f"this machine's own limits, measured now: copy {limits['copy_gbs']:.1f} GB/s,"
+        f" float32 GEMM {limits['gemm_gflops']:.0f} GFLOP/s\n"
+    )
 
 
 class Progress:
@@ -82,7 +91,9 @@ class Progress:
         self.bar: Any = None
         if CONSOLE is not None and CONSOLE.is_terminal:
             text = TextColumn("{task.description}")
-            self.bar = Bar(BarColumn(30), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), text, console=CONSOLE)
+            self.bar = Bar(
+                BarColumn(30), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(), text, console=CONSOLE
+            )
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -90,7 +101,9 @@ class Progress:
             self.task = self.bar.add_task("", total=self.total)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description="")
             self.bar.stop()
@@ -136,14 +149,23 @@ def record(entry: Mapping[str, Any], progress: Progress) -> None:
 
 def closing(document: Mapping[str, Any]) -> None:
     if document["growth"]:
-        rows = [
-            (f"{g['variant']}, with {g['sweep']}", f"{g['exponent']:.2f}", ", ".join(f"{x:g}: {seconds(y)}" for x, y in g["points"]))
+        growing: list[tuple[str, ...]] = [
+            (
+                f"{g['variant']}, with {g['sweep']}",
+                f"{g['exponent']:.2f}",
+                ", ".join(f"{x:g}: {seconds(y)}" for x, y in g["points"]),
+            )
             for g in document["growth"]
             if g["exponent"] is not None
         ]
-        table("growth: time ~ size^exponent, fitted to the larger half", ("", "exponent", "measured"), rows)
-    rows = [
-        (t["row"], t["target"], times(t["reached"]), {True: "reached", False: "NOT reached", None: "not measured"}[t["met"]])
+        table("growth: time ~ size^exponent, fitted to the larger half", ("", "exponent", "measured"), growing)
+    rows: list[tuple[str, ...]] = [
+        (
+            t["row"],
+            t["target"],
+            times(t["reached"]),
+            {True: "reached", False: "NOT reached", None: "not measured"}[t["met"]],
+        )
         for t in document["targets"]
     ]
     if not document["quick"]:

@@ -14,7 +14,7 @@ class Target:
     Attributes:
         row: the row of the table. case: the id of the case, or of the first case if it begins with that.
         than: the name of the variant to compare with. at_most: which of the two ratios it is.
-        figure: ``p50`` (seconds) or ``peak_bytes``. name: ours, another variant than ``flowkernels`` where ours is one of two.
+        figure: ``p50`` (seconds) or ``peak_bytes``. name: our variant, if it is another than ``flowkernels``.
     """
 
     row: str
@@ -44,7 +44,14 @@ class Target:
                 reached = ours / than if self.at_most else than / ours
                 break
         met = None if reached is None else (reached <= self.bound if self.at_most else reached >= self.bound)
-        return {"row": self.row, "case": self.case, "target": self.wording, "bound": self.bound, "reached": reached, "met": met}
+        return {
+            "row": self.row,
+            "case": self.case,
+            "target": self.wording,
+            "bound": self.bound,
+            "reached": reached,
+            "met": met,
+        }
 
 
 _BIG = "maf / sampling / D=784 H=1024 B=100 transforms=1 layers=2"
@@ -73,7 +80,12 @@ TARGETS = (
     Target("small MAF, D=5 H=50, 5 transforms, B=1, log_prob", f"maf / log_prob / {_SMALL}", "nflows", 5),
     Target("small MAF, D=5 H=50, 5 transforms, B=1, sampling", f"maf / sampling / {_SMALL}", "nflows", 5),
     Target(
-        "gradient of a sample, D=784 H=1024 B=100", _GRADIENT, "flowkernels density", 3.0, at_most=True, figure="peak_bytes"
+        "gradient of a sample, D=784 H=1024 B=100",
+        _GRADIENT,
+        "flowkernels density",
+        3.0,
+        at_most=True,
+        figure="peak_bytes",
     ),
     Target(
         "spline MAF sampling, D=200 H=128, 5 transforms, B=64",
@@ -81,8 +93,15 @@ TARGETS = (
         "zuko",
         100,
     ),
-    Target("affine coupling, 65536×256, forward", "affine_coupling / forward / N=65536 D=256 memory=fresh", "torch.compile", 2.5),
-    Target("affine coupling, 65536×256, forward", "affine_coupling / forward / N=65536 D=256 memory=fresh", "PyTorch", 6),
+    Target(
+        "affine coupling, 65536×256, forward",
+        "affine_coupling / forward / N=65536 D=256 memory=fresh",
+        "torch.compile",
+        2.5,
+    ),
+    Target(
+        "affine coupling, 65536×256, forward", "affine_coupling / forward / N=65536 D=256 memory=fresh", "PyTorch", 6
+    ),
     Target(
         "affine coupling, 65536×256, forward+backward",
         "affine_coupling / forward+backward / N=65536 D=256 memory=fresh",
