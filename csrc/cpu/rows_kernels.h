@@ -69,12 +69,16 @@ struct ArgMax {
     return at;
   }
 
-  // Whether the softmax of the row has a value: no NaN, and a finite maximum.
-  FK_INLINE bool proper() const {
+  FK_INLINE bool has_nan() const {
     std::int32_t any = 0;
     for (int i = 0; i < kLanes; ++i) any |= nan[i];
+    return any != 0;
+  }
+
+  // Whether the softmax of the row has a value: no NaN, and a finite maximum.
+  FK_INLINE bool proper() const {
     const T top = max_of_lanes(best);
-    return any == 0 && top - top == T(0);
+    return !has_nan() && top - top == T(0);
   }
 };
 

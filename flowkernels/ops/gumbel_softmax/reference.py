@@ -16,20 +16,8 @@ def gumbel_softmax(logits: Tensor, tau: Tensor, seed: Tensor, stream: int, hard:
     soft = ((perturbed - perturbed.amax(-1, keepdim=True)) / tau[:, None]).softmax(-1)
     if not hard:
         return soft
-    return StraightThrough.apply(perturbed, soft)
-
-
-class StraightThrough(torch.autograd.Function):
-    """one_hot(argmax) forward, the identity to `soft` backward; exactly one-hot, which y_hard - y + y is not."""
-
-    @staticmethod
-    def forward(ctx: object, perturbed: Tensor, soft: Tensor) -> Tensor:
-        one_hot = torch.zeros_like(soft).scatter_(-1, perturbed.argmax(-1, keepdim=True), 1.0)
-        return torch.where(soft.isnan().any(-1, keepdim=True), torch.nan, one_hot)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        return None, grad
+    one_hot = torch.zeros_like(soft).scatter_(-1, perturbed.argmax(-1, keepdim=True), 1.0)
+    return one_hot + (soft - soft.detach())  # exactly one-hot, which (one_hot - soft) + soft is not
 
 
 def gumbel_softmax_backward(grad: Tensor, y: Tensor, tau: Tensor, for_tau: bool) -> tuple[Tensor, Tensor]:
