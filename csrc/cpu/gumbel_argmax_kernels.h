@@ -4,63 +4,43 @@
 
 namespace fk::FK_ISA {
 
-// argmax(logits + noise) over the columns begin .. end - 1, whose noise begins at `noise`.
+// log sum exp of each of a few rows, with `scratch` for the exponentials of all of them.
 template <class T>
-FK_INLINE void add_perturbed(ArgMax<T>& argmax, const T* noise, const T* logits, int64_t stride, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; c += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, end - c));
-    T l[kLanes];
-    load_lanes(l, logits + c * stride, stride, n, -std::numeric_limits<T>::infinity());
-    for (int i = 0; i < kLanes; ++i) l[i] += i < n ? noise[c - begin + i] : T(0);
-    argmax.add(l, static_cast<std::int32_t>(c / kLanes));
+FK_INLINE void log_sum_exp(const ArgmaxArguments<T>& a, int64_t first, int64_t rows, T* scratch) {
+  const int64_t classes = a.classes;
+  T* top = a.logsumexp + first;
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = scratch + r * classes;
+    copy_to(row, &a.logits(first + r, 0), a.logits.column, classes);
+    top[r] = max_of_row(row, classes);
+    for (int64_t c = 0; c < classes; ++c) row[c] -= top[r];
   }
-}
-
-template <class T>
-FK_INLINE T log_sum_exp(const T* logits, int64_t stride, int64_t classes) {
-  constexpr T kLow = -std::numeric_limits<T>::infinity();
-  T top[kLanes], sum[kLanes] = {};
-  for (int i = 0; i < kLanes; ++i) top[i] = kLow;
-  for (int64_t c = 0; c < classes; c += kLanes) {
-    T l[kLanes];
-    load_lanes(l, logits + c * stride, stride, static_cast<int>(std::min<int64_t>(kLanes, classes - c)), kLow);
-    for (int i = 0; i < kLanes; ++i) top[i] = math::max(top[i], l[i]);
-  }
-  const T m = max_of_lanes(top);
-  for (int64_t c = 0; c < classes; c += kLanes) {
-    T l[kLanes];
-    load_lanes(l, logits + c * stride, stride, static_cast<int>(std::min<int64_t>(kLanes, classes - c)), kLow);
-    for (int i = 0; i < kLanes; ++i) sum[i] += math::exp(l[i] - m);
-  }
-  return m + math::log(sum_of_lanes(sum));
+  exp_in_place(scratch, rows * classes);
+  for (int64_t r = 0; r < rows; ++r) top[r] += math::log(sum_of_row(scratch + r * classes, classes));
 }
 
 template <class T>
 void gumbel_argmax(const ArgmaxArguments<T>& a, int64_t begin, int64_t end) {
-  const int64_t classes = a.classes, kTile = NoiseTile<Noise::gumbel, T>::kElements;
-  const bool whole = classes <= kTile;
-  const int64_t rows_per_tile = std::max<int64_t>(1, kTile / classes);
-  for (int64_t first = begin; first < end; first += rows_per_tile) {
-    const int64_t rows = std::min(rows_per_tile, end - first);
-    for (int64_t r = first; r < first + rows; ++r)
-      a.logsumexp[r] = log_sum_exp(&a.logits(r, 0), a.logits.column, classes);
+  constexpr int64_t kTile = NoiseTile<Noise::gumbel, T>::kElements;
+  const int64_t classes = a.classes, piece = std::min(kTile, classes), step = std::max<int64_t>(1, kTile / classes);
+  std::vector<T> scratch(step * classes);
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t rows = std::min(step, end - first);
+    log_sum_exp(a, first, rows, scratch.data());
     for (int64_t s = 0; s < a.samples; ++s) {
       NoiseTile<Noise::gumbel, T> tile({a.stream.seed, a.stream.stream + static_cast<std::uint64_t>(s)});
-      const T* noise = whole ? tile.at(first * classes, rows * classes) : nullptr;
+      T* several = classes <= kTile ? tile.at(first * classes, rows * classes) : nullptr;
       for (int64_t r = first; r < first + rows; ++r) {
         ArgMax<T> argmax;
-        const T* logits = &a.logits(r, 0);
-        if (whole) {
-          add_perturbed(argmax, noise + (r - first) * classes, logits, a.logits.column, 0, classes);
-        } else {
-          for (int64_t c = 0; c < classes; c += kTile) {
-            const int64_t n = std::min<int64_t>(kTile, classes - c);
-            add_perturbed(argmax, tile.at(r * classes + c, n), logits, a.logits.column, c, c + n);
-          }
+        for (int64_t c = 0; c < classes; c += piece) {
+          const int64_t n = std::min(piece, classes - c);
+          T* z = several ? several + (r - first) * classes : tile.at(r * classes + c, n);
+          add_to(z, &a.logits(r, c), a.logits.column, n);
+          argmax.add(z, c, n);
         }
         const int64_t index = argmax.index();
         a.index[r * a.samples + s] = index;
-        a.log_prob[r * a.samples + s] = logits[index * a.logits.column] - a.logsumexp[r];
+        a.log_prob[r * a.samples + s] = a.logits(r, index) - a.logsumexp[r];
       }
     }
   }
@@ -72,14 +52,10 @@ void gumbel_argmax_backward(const ArgmaxArguments<T>& a, int64_t begin, int64_t 
   for (int64_t r = begin; r < end; ++r) {
     T total = T(0);
     for (int64_t s = 0; s < a.samples; ++s) total += a.grad(r, s);
-    for (int64_t c = 0; c < a.classes; c += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, a.classes - c));
-      T l[kLanes];
-      load_lanes(l, &a.logits(r, c), a.logits.column, n, -std::numeric_limits<T>::infinity());
-      for (int i = 0; i < kLanes; ++i) l[i] = -total * math::exp(l[i] - a.logsumexp_in[r]);
-      store_lanes(&a.grad_logits(r, c), a.grad_logits.column, l, n);
-    }
-    for (int64_t s = 0; s < a.samples; ++s) a.grad_logits(r, a.index_in(r, s)) += a.grad(r, s);
+    T* out = &a.grad_logits(r, 0);
+    copy_to(out, &a.logits(r, 0), a.logits.column, a.classes);
+    for (int64_t c = 0; c < a.classes; ++c) out[c] = -total * math::exp(out[c] - a.logsumexp_in[r]);
+    for (int64_t s = 0; s < a.samples; ++s) out[a.index_in(r, s)] += a.grad(r, s);
   }
 }
 

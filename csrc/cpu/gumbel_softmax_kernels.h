@@ -4,120 +4,121 @@
 
 namespace fk::FK_ISA {
 
-// z = softmax((z - m) / tau) written to y, where m is the maximum of z. z is overwritten, and may be y.
 template <class T>
-FK_INLINE void softmax_row(T* z, T* y, int64_t classes, T m, T tau) {
-  // A subnormal tau must not make inf * 0 out of the maximum itself.
-  const T inverse = math::min(std::numeric_limits<T>::max(), T(1) / tau);
-  T sum[kLanes] = {};
-  for (int64_t c = 0; c < classes; c += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, classes - c));
-    T e[kLanes];
-    load_lanes(e, z + c, 1, n, -std::numeric_limits<T>::infinity());
-    for (int i = 0; i < kLanes; ++i) {
-      e[i] = math::exp((e[i] - m) * inverse);
-      sum[i] += e[i];
-    }
-    store_lanes(z + c, 1, e, n);
-  }
-  const T scale = T(1) / sum_of_lanes(sum);
-  for (int64_t c = 0; c < classes; ++c) y[c] = z[c] * scale;
+FK_INLINE T inverse_of(T tau) {
+  // A subnormal tau must not make inf * 0 out of the row's maximum.
+  return math::min(std::numeric_limits<T>::max(), T(1) / tau);
 }
 
-// z += logits; the maximum of z goes to `lanes` (Hard: the argmax to `argmax`).
-template <bool Hard, class T>
-FK_INLINE void perturb(T* z, const T* logits, int64_t stride, int64_t begin, int64_t end, T (&lanes)[kLanes],
-                       ArgMax<T>& argmax) {
-  constexpr T kLow = -std::numeric_limits<T>::infinity();
-  for (int64_t c = begin; c < end; c += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, end - c));
-    T l[kLanes];
-    load_lanes(l, logits + c * stride, stride, n, kLow);
-    T* at = z + (c - begin);
-    for (int i = 0; i < kLanes; ++i) l[i] += i < n ? at[i] : T(0);
-    if constexpr (Hard) {
-      argmax.add(l, static_cast<std::int32_t>(c / kLanes));
-    } else {
-      for (int i = 0; i < kLanes; ++i) lanes[i] = math::max(lanes[i], l[i]);
-      store_lanes(at, 1, l, n);
-    }
-  }
+// z = (z - max z) / tau, what the softmax exponentiates. A maximum of +-inf leaves a NaN, as it should.
+template <class T>
+FK_INLINE void normalise_row(T* z, int64_t classes, T tau) {
+  const T m = max_of_row(z, classes), inverse = inverse_of(tau);
+  for (int64_t c = 0; c < classes; ++c) z[c] = (z[c] - m) * inverse;
 }
 
+template <class T>
+FK_INLINE void divide_by_sum(const T* e, T* y, int64_t classes) {
+  const T scale = T(1) / sum_of_row(e, classes);
+  for (int64_t c = 0; c < classes; ++c) y[c] = e[c] * scale;
+}
+
+// Rows that fit into a tile: noise, logits, exponentials and their sum all happen in the first-level cache.
 template <bool Hard, class T>
-void gumbel_softmax_rows(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
+void gumbel_softmax_short(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
   NoiseTile<Noise::gumbel, T> tile(a.stream);
-  const int64_t classes = a.classes;
-  const int64_t rows_per_tile = std::max<int64_t>(1, tile.kElements / classes);
-  for (int64_t first = begin; first < end; first += rows_per_tile) {
-    const int64_t rows = std::min(rows_per_tile, end - first);
-    const bool whole = classes <= tile.kElements;
-    T* noise = whole ? tile.at(first * classes, rows * classes) : nullptr;
-    for (int64_t r = first; r < first + rows; ++r) {
-      T lanes[kLanes];
-      for (int i = 0; i < kLanes; ++i) lanes[i] = -std::numeric_limits<T>::infinity();
-      ArgMax<T> argmax;
-      T* y = &a.y(r, 0);
-      T* z = whole ? noise + (r - first) * classes : y;
-      if (whole) {
-        perturb<Hard>(z, &a.logits(r, 0), a.logits.column, 0, classes, lanes, argmax);
+  const int64_t classes = a.classes, step = tile.kElements / classes;
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t rows = std::min(step, end - first);
+    T* z = tile.at(first * classes, rows * classes);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = z + r * classes;
+      add_to(row, &a.logits(first + r, 0), a.logits.column, classes);
+      if constexpr (Hard) {
+        ArgMax<T> argmax;
+        argmax.add(row, 0, classes);
+        store_one_hot(&a.y(first + r, 0), classes, argmax.index(), argmax.proper());
       } else {
-        // A row longer than a tile: perturbed logits wait in y.
-        for (int64_t c = 0; c < classes; c += tile.kElements) {
-          const int64_t n = std::min<int64_t>(tile.kElements, classes - c);
-          T* piece = tile.at(r * classes + c, n);
-          perturb<Hard>(piece, &a.logits(r, 0), a.logits.column, c, c + n, lanes, argmax);
-          if constexpr (!Hard) std::copy(piece, piece + n, y + c);
-        }
+        normalise_row(row, classes, a.tau[(first + r) * a.tau_stride]);
       }
+    }
+    if constexpr (!Hard) {
+      exp_in_place(z, rows * classes);
+      for (int64_t r = 0; r < rows; ++r) divide_by_sum(z + r * classes, &a.y(first + r, 0), classes);
+    }
+  }
+}
+
+// Rows longer than a tile: the perturbed logits wait in y.
+template <bool Hard, class T>
+void gumbel_softmax_long(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
+  NoiseTile<Noise::gumbel, T> tile(a.stream);
+  for (int64_t r = begin; r < end; ++r) {
+    T* y = &a.y(r, 0);
+    ArgMax<T> argmax;
+    for (int64_t c = 0; c < a.classes; c += tile.kElements) {
+      const int64_t n = std::min<int64_t>(tile.kElements, a.classes - c);
+      T* z = tile.at(r * a.classes + c, n);
+      add_to(z, &a.logits(r, c), a.logits.column, n);
       if constexpr (Hard)
-        store_one_hot(y, classes, argmax.index(), argmax.proper());
+        argmax.add(z, c, n);
       else
-        softmax_row(z, y, classes, max_of_lanes(lanes), a.tau[r * a.tau_stride]);
+        copy_to(y + c, z, 1, n);
+    }
+    if constexpr (Hard) {
+      store_one_hot(y, a.classes, argmax.index(), argmax.proper());
+    } else {
+      normalise_row(y, a.classes, a.tau[r * a.tau_stride]);
+      exp_in_place(y, a.classes);
+      divide_by_sum(y, y, a.classes);
     }
   }
 }
 
 template <class T>
 void gumbel_softmax(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
-  a.hard ? gumbel_softmax_rows<true>(a, begin, end) : gumbel_softmax_rows<false>(a, begin, end);
+  if (a.classes <= NoiseTile<Noise::gumbel, T>::kElements)
+    a.hard ? gumbel_softmax_short<true>(a, begin, end) : gumbel_softmax_short<false>(a, begin, end);
+  else
+    a.hard ? gumbel_softmax_long<true>(a, begin, end) : gumbel_softmax_long<false>(a, begin, end);
 }
 
 // grad_logits = (y / tau) (grad - sum y grad);  grad_tau = -sum grad_logits log y.
 // (The perturbed logits are tau log y up to a constant, and grad_logits sums to zero: no noise is needed.)
-template <bool ForTau, class T>
-void gumbel_softmax_backward_rows(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const T* y = &a.y_in(r, 0);
-    const T* grad = &a.grad(r, 0);
-    const T inverse = math::min(std::numeric_limits<T>::max(), T(1) / a.tau[r * a.tau_stride]);
-    T dot[kLanes] = {}, tau[kLanes] = {};
-    for (int64_t c = 0; c < a.classes; c += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, a.classes - c));
-      T p[kLanes], g[kLanes];
-      load_lanes(p, y + c * a.y_in.column, a.y_in.column, n, T(0));
-      load_lanes(g, grad + c * a.grad.column, a.grad.column, n, T(0));
-      for (int i = 0; i < kLanes; ++i) dot[i] += p[i] * g[i];
-    }
-    const T mean = sum_of_lanes(dot);
-    for (int64_t c = 0; c < a.classes; c += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, a.classes - c));
-      T p[kLanes], g[kLanes];
-      load_lanes(p, y + c * a.y_in.column, a.y_in.column, n, T(0));
-      load_lanes(g, grad + c * a.grad.column, a.grad.column, n, T(0));
-      for (int i = 0; i < kLanes; ++i) {
-        g[i] = (p[i] * inverse) * (g[i] - mean);
-        if constexpr (ForTau) tau[i] -= g[i] * math::log(math::max(std::numeric_limits<T>::min(), p[i]));
-      }
-      store_lanes(&a.y(r, c), a.y.column, g, n);
-    }
-    if constexpr (ForTau) a.grad_tau[r] = sum_of_lanes(tau);
-  }
-}
-
 template <class T>
 void gumbel_softmax_backward(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
-  a.grad_tau ? gumbel_softmax_backward_rows<true>(a, begin, end) : gumbel_softmax_backward_rows<false>(a, begin, end);
+  using L = Lanes<T>;
+  // y and grad are read in place where they are contiguous, through copies elsewhere.
+  std::vector<T> copies(3 * a.classes);
+  T *y_copy = copies.data(), *grad_copy = y_copy + a.classes, *terms = grad_copy + a.classes;
+  for (int64_t r = begin; r < end; ++r) {
+    const T *y = &a.y_in(r, 0), *grad = &a.grad(r, 0);
+    if (a.y_in.column != 1) {
+      copy_to(y_copy, y, a.y_in.column, a.classes);
+      y = y_copy;
+    }
+    if (a.grad.column != 1) {
+      copy_to(grad_copy, grad, a.grad.column, a.classes);
+      grad = grad_copy;
+    }
+    typename L::Vector dot[L::kVectors] = {};
+    int64_t c = 0;
+    for (; c + kLanes <= a.classes; c += kLanes)
+      for (int v = 0; v < L::kVectors; ++v) dot[v] += L::load(y + c + v * L::kWidth) * L::load(grad + c + v * L::kWidth);
+    T lanes[kLanes], mean = T(0);
+    std::memcpy(lanes, dot, sizeof(lanes));
+    for (int i = 0; i < kLanes; ++i) mean += lanes[i];
+    for (; c < a.classes; ++c) mean += y[c] * grad[c];
+
+    const T inverse = inverse_of(a.tau[r * a.tau_stride]);
+    T* out = &a.y(r, 0);
+    for (int64_t i = 0; i < a.classes; ++i) out[i] = (y[i] * inverse) * (grad[i] - mean);
+    if (a.grad_tau) {
+      for (int64_t i = 0; i < a.classes; ++i)
+        terms[i] = -out[i] * math::log(math::max(std::numeric_limits<T>::min(), y[i]));
+      a.grad_tau[r] = sum_of_row(terms, a.classes);
+    }
+  }
 }
 
 }  // namespace fk::FK_ISA

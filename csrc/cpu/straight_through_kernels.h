@@ -8,22 +8,19 @@ namespace fk::FK_ISA {
 template <class T>
 void threshold_rows(const StraightThroughArguments<T>& a, int64_t begin, int64_t end) {
   NoiseTile<Noise::uniform, T> tile(a.stream);
-  T level[kLanes];
-  for (int i = 0; i < kLanes; ++i) level[i] = a.threshold;
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t from = 0; from < a.classes; from += tile.kElements) {
-      const int64_t to = std::min<int64_t>(a.classes, from + tile.kElements);
-      const T* noise = a.sample ? tile.at(r * a.classes + from, to - from) : nullptr;
-      for (int64_t c = from; c < to; c += kLanes) {
-        const int n = static_cast<int>(std::min<int64_t>(kLanes, to - c));
-        T x[kLanes];
-        load_lanes(x, &a.x(r, c), a.x.column, n, T(0));
-        if (noise) load_lanes(level, noise + (c - from), 1, n, T(0));
-        for (int i = 0; i < kLanes; ++i) x[i] = x[i] > level[i] ? T(1) : (x[i] == x[i] ? T(0) : x[i]);
-        store_lanes(&a.y(r, c), 1, x, n);
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t c = 0; c < a.classes; c += tile.kElements) {
+      const int64_t n = std::min<int64_t>(tile.kElements, a.classes - c);
+      T* y = &a.y(r, c);
+      copy_to(y, &a.x(r, c), a.x.column, n);
+      if (a.sample) {
+        const T* level = tile.at(r * a.classes + c, n);
+        for (int64_t i = 0; i < n; ++i) y[i] = y[i] > level[i] ? T(1) : (y[i] == y[i] ? T(0) : y[i]);
+      } else {
+        const T level = a.threshold;
+        for (int64_t i = 0; i < n; ++i) y[i] = y[i] > level ? T(1) : (y[i] == y[i] ? T(0) : y[i]);
       }
     }
-  }
 }
 
 // One-hot of the argmax of x, or of log x + noise.
@@ -31,20 +28,18 @@ template <class T>
 void categorical_rows(const StraightThroughArguments<T>& a, int64_t begin, int64_t end) {
   NoiseTile<Noise::gumbel, T> tile(a.stream);
   for (int64_t r = begin; r < end; ++r) {
+    T* y = &a.y(r, 0);
+    copy_to(y, &a.x(r, 0), a.x.column, a.classes);
     ArgMax<T> argmax;
-    for (int64_t from = 0; from < a.classes; from += tile.kElements) {
-      const int64_t to = std::min<int64_t>(a.classes, from + tile.kElements);
-      const T* noise = a.sample ? tile.at(r * a.classes + from, to - from) : nullptr;
-      for (int64_t c = from; c < to; c += kLanes) {
-        const int n = static_cast<int>(std::min<int64_t>(kLanes, to - c));
-        T x[kLanes];
-        load_lanes(x, &a.x(r, c), a.x.column, n, noise ? T(0) : -std::numeric_limits<T>::infinity());
-        if (noise)
-          for (int i = 0; i < kLanes; ++i) x[i] = math::log(x[i]) + (i < n ? noise[c - from + i] : T(0));
-        argmax.add(x, static_cast<std::int32_t>(c / kLanes));
+    if (a.sample) {
+      for (int64_t i = 0; i < a.classes; ++i) y[i] = math::log(y[i]);
+      for (int64_t c = 0; c < a.classes; c += tile.kElements) {
+        const int64_t n = std::min<int64_t>(tile.kElements, a.classes - c);
+        add_to(y + c, tile.at(r * a.classes + c, n), 1, n);
       }
     }
-    store_one_hot(&a.y(r, 0), a.classes, argmax.index(), a.sample ? argmax.proper() : !argmax.has_nan());
+    argmax.add(y, 0, a.classes);
+    store_one_hot(y, a.classes, argmax.index(), a.sample ? argmax.proper() : !argmax.has_nan());
   }
 }
 

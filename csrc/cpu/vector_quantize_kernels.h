@@ -39,17 +39,12 @@ struct Search {
   }
 };
 
+// sum (x - e)^2.
 template <class T>
-FK_INLINE T squared_distance(const T* x, int64_t stride, const T* e, int64_t features) {
-  T sum[kLanes] = {};
-  for (int64_t f = 0; f < features; f += kLanes) {
-    const int n = static_cast<int>(std::min<int64_t>(kLanes, features - f));
-    T a[kLanes], b[kLanes];
-    load_lanes(a, x + f * stride, stride, n, T(0));
-    load_lanes(b, e + f, 1, n, T(0));
-    for (int i = 0; i < kLanes; ++i) sum[i] += (a[i] - b[i]) * (a[i] - b[i]);
-  }
-  return sum_of_lanes(sum);
+FK_INLINE T squared_distance(const T* x, int64_t stride, const T* e, int64_t features, T* scratch) {
+  copy_to(scratch, x, stride, features);
+  for (int64_t f = 0; f < features; ++f) scratch[f] = (scratch[f] - e[f]) * (scratch[f] - e[f]);
+  return sum_of_row(static_cast<const T*>(scratch), features);
 }
 
 template <class T>
@@ -61,6 +56,7 @@ void vector_quantize(const QuantizeArguments<T>& a, int64_t begin, int64_t end) 
   void* start = memory.data();
   std::size_t space = memory.size() * sizeof(T);
   Vector* samples = static_cast<Vector*>(std::align(sizeof(Vector), a.features * sizeof(Vector), start, space));
+  std::vector<T> scratch(a.features);
   T* transposed = reinterpret_cast<T*>(samples);
   for (int64_t first = begin; first < end; first += S::kSamples) {
     const int64_t rows = std::min<int64_t>(S::kSamples, end - first);
@@ -75,7 +71,7 @@ void vector_quantize(const QuantizeArguments<T>& a, int64_t begin, int64_t end) 
       const T* code = a.codebook + codes[i] * a.features;
       a.index[r] = codes[i];
       if (!a.quantized) continue;
-      a.distance[r] = squared_distance(&a.x(r, 0), a.x.column, code, a.features);
+      a.distance[r] = squared_distance(&a.x(r, 0), a.x.column, code, a.features, scratch.data());
       std::copy(code, code + a.features, a.quantized + r * a.features);
     }
   }
@@ -87,15 +83,10 @@ void vector_quantize_grad_x(const QuantizeArguments<T>& a, int64_t begin, int64_
   for (int64_t r = begin; r < end; ++r) {
     const T* code = a.codebook + a.index_in[r] * a.features;
     const T scale = T(2) * a.weight * a.grad_loss[r];
-    for (int64_t f = 0; f < a.features; f += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, a.features - f));
-      T x[kLanes], e[kLanes], g[kLanes];
-      load_lanes(x, &a.x(r, f), a.x.column, n, T(0));
-      load_lanes(e, code + f, 1, n, T(0));
-      load_lanes(g, &a.grad_quantized(r, f), a.grad_quantized.column, n, T(0));
-      for (int i = 0; i < kLanes; ++i) g[i] += scale * (x[i] - e[i]);
-      store_lanes(a.quantized + r * a.features + f, 1, g, n);
-    }
+    T* out = a.quantized + r * a.features;
+    copy_to(out, &a.x(r, 0), a.x.column, a.features);
+    for (int64_t f = 0; f < a.features; ++f) out[f] = scale * (out[f] - code[f]);
+    add_to(out, &a.grad_quantized(r, 0), a.grad_quantized.column, a.features);
   }
 }
 
@@ -109,18 +100,14 @@ void vector_quantize_sums(const QuantizeArguments<T>& a, int64_t begin, int64_t 
     for (int64_t k = 0; k < a.codes; ++k) std::fill(a.sums + k * a.features + f, a.sums + k * a.features + f + n, T(0));
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t k = a.index_in[r];
-      T x[kLanes], sum[kLanes];
-      load_lanes(x, &a.x(r, f), a.x.column, n, T(0));
-      load_lanes(sum, a.sums + k * a.features + f, 1, n, T(0));
+      T* sum = a.sums + k * a.features + f;
       if (a.grad_loss) {
-        T e[kLanes];
-        load_lanes(e, a.codebook + k * a.features + f, 1, n, T(0));
+        const T* code = a.codebook + k * a.features + f;
         const T scale = T(-2) * a.weight * a.grad_loss[r];
-        for (int i = 0; i < kLanes; ++i) sum[i] += scale * (x[i] - e[i]);
+        for (int i = 0; i < n; ++i) sum[i] += scale * (a.x(r, f + i) - code[i]);
       } else {
-        for (int i = 0; i < kLanes; ++i) sum[i] += x[i];
+        add_to(sum, &a.x(r, f), a.x.column, n);
       }
-      store_lanes(a.sums + k * a.features + f, 1, sum, n);
     }
   }
 }
