@@ -29,12 +29,6 @@ def signed(low, high):
     return value - 2**64 if value >= 2**63 else value
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fk.use_backend(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("counter, key, answer", KNOWN_ANSWERS)
 def test_known_answers(backend, counter, key, answer):
     op = fkr.reference_noise if backend == "reference" else fkr.noise_op

@@ -4,23 +4,32 @@
 
 namespace fk::FK_ISA {
 
+// a / b by way of its rounded reciprocal: with a fused multiply-add as exact as the division, and much cheaper.
 template <class T>
-FK_INLINE T inverse_of(T tau) {
-  // A subnormal tau must not make inf * 0 out of the row's maximum.
-  return math::min(std::numeric_limits<T>::max(), T(1) / tau);
+FK_INLINE T divide(T a, T b, T reciprocal) {
+  const T q = a * reciprocal;
+  return q + (a - q * b) * reciprocal;
+}
+
+// A subnormal tau would have an infinite reciprocal; at the smallest normal one the softmax is one-hot already.
+template <class T>
+FK_INLINE T usable(T tau) {
+  return math::max(std::numeric_limits<T>::min(), tau);
 }
 
 // z = (z - max z) / tau, what the softmax exponentiates. A maximum of +-inf leaves a NaN, as it should.
 template <class T>
 FK_INLINE void normalise_row(T* z, int64_t classes, T tau) {
-  const T m = max_of_row(z, classes), inverse = inverse_of(tau);
-  for (int64_t c = 0; c < classes; ++c) z[c] = (z[c] - m) * inverse;
+  const T m = max_of_row(z, classes), t = usable(tau), reciprocal = T(1) / t;
+  // e^-2000 is 0 in every type; cut off there, -inf does not turn the remainder of the division into a NaN.
+  const T low = math::max(-std::numeric_limits<T>::max(), T(-2000) * t);
+  for (int64_t c = 0; c < classes; ++c) z[c] = divide(math::max(low, z[c] - m), t, reciprocal);
 }
 
 template <class T>
 FK_INLINE void divide_by_sum(const T* e, T* y, int64_t classes) {
-  const T scale = T(1) / sum_of_row(e, classes);
-  for (int64_t c = 0; c < classes; ++c) y[c] = e[c] * scale;
+  const T sum = sum_of_row(e, classes), reciprocal = T(1) / sum;
+  for (int64_t c = 0; c < classes; ++c) y[c] = divide(e[c], sum, reciprocal);
 }
 
 // Rows that fit into a tile: noise, logits, exponentials and their sum all happen in the first-level cache.
@@ -110,9 +119,9 @@ void gumbel_softmax_backward(const GumbelArguments<T>& a, int64_t begin, int64_t
     for (int i = 0; i < kLanes; ++i) mean += lanes[i];
     for (; c < a.classes; ++c) mean += y[c] * grad[c];
 
-    const T inverse = inverse_of(a.tau[r * a.tau_stride]);
+    const T tau = usable(a.tau[r * a.tau_stride]);
     T* out = &a.y(r, 0);
-    for (int64_t i = 0; i < a.classes; ++i) out[i] = (y[i] * inverse) * (grad[i] - mean);
+    for (int64_t i = 0; i < a.classes; ++i) out[i] = y[i] / tau * (grad[i] - mean);
     if (a.grad_tau) {
       for (int64_t i = 0; i < a.classes; ++i)
         terms[i] = -out[i] * math::log(math::max(std::numeric_limits<T>::min(), y[i]));
