@@ -110,18 +110,24 @@ void gumbel_softmax_backward(const GumbelArguments<T>& a, int64_t begin, int64_t
       copy_to(grad_copy, grad, a.grad.column, a.classes);
       grad = grad_copy;
     }
+    // grad counts from its value at the largest y: near one-hot, that y has an absolute rounding error as large as all the
+    // others together, and so its term must not enter the mean.
+    ArgMax<T> argmax;
+    argmax.add(y, 0, a.classes);
+    const T origin = a.classes > 0 ? grad[argmax.index()] : T(0);
     typename L::Vector dot[L::kVectors] = {};
     int64_t c = 0;
     for (; c + kLanes <= a.classes; c += kLanes)
-      for (int v = 0; v < L::kVectors; ++v) dot[v] += L::load(y + c + v * L::kWidth) * L::load(grad + c + v * L::kWidth);
+      for (int v = 0; v < L::kVectors; ++v)
+        dot[v] += L::load(y + c + v * L::kWidth) * (L::load(grad + c + v * L::kWidth) - origin);
     T lanes[kLanes], mean = T(0);
     std::memcpy(lanes, dot, sizeof(lanes));
     for (int i = 0; i < kLanes; ++i) mean += lanes[i];
-    for (; c < a.classes; ++c) mean += y[c] * grad[c];
+    for (; c < a.classes; ++c) mean += y[c] * (grad[c] - origin);
 
     const T tau = usable(a.tau[r * a.tau_stride]);
     T* out = &a.y(r, 0);
-    for (int64_t i = 0; i < a.classes; ++i) out[i] = y[i] / tau * (grad[i] - mean);
+    for (int64_t i = 0; i < a.classes; ++i) out[i] = y[i] / tau * ((grad[i] - origin) - mean);
     if (a.grad_tau) {
       for (int64_t i = 0; i < a.classes; ++i)
         terms[i] = -out[i] * math::log(math::max(std::numeric_limits<T>::min(), y[i]));
