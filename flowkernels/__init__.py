@@ -1,6 +1,6 @@
 """flowkernels: fused operators for normalizing flows and latent-variable models in PyTorch."""
 
-from flowkernels import _library, models, nn, ops, scales
+from flowkernels import _library, models, nn, objectives, ops, random, scales
 from flowkernels._backend import available_backends, use_backend
 from flowkernels._explain import explain
 from flowkernels._version import __version__
@@ -8,4 +8,16 @@ from flowkernels.plan import Plan
 
 _library.load_compiled()
 
-__all__ = ["Plan", "__version__", "available_backends", "explain", "models", "nn", "ops", "scales", "use_backend"]
+__all__ = [
+    "Plan",
+    "__version__",
+    "available_backends",
+    "explain",
+    "models",
+    "nn",
+    "objectives",
+    "ops",
+    "random",
+    "scales",
+    "use_backend",
+]
