@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["RQSpline"]
+from flowkernels.scales import ScaleLaw, as_law
+
+__all__ = ["LogisticMixture", "RQSpline"]
 
 _DEFAULTS: dict[str, dict[str, float]] = {
     "nflows": {"bound": 3.0, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3, "logit_scale": 1.0},
@@ -146,3 +148,63 @@ def spline_of_numbers(bins: int, code: int, numbers: list[float]) -> RQSpline:
     if STYLES[code] == "zuko":
         return RQSpline("zuko", bins, bound=numbers[0], min_slope=math.exp(-1 / numbers[3]))
     return RQSpline("nflows", bins, **dict(zip(_DEFAULTS["nflows"], numbers, strict=True)))
+
+
+@dataclass(frozen=True)
+class LogisticMixture:
+    """Flow++'s elementwise transform: distribution function of a mixture of logistics, logit, affine.
+
+    A feature has 3 components + 2 parameters, see `flowkernels.ops.logistic_mixture`.
+
+    Args:
+        components: 1 to 64. law: scale law of the affine part. min_log_scale: smaller logarithms of scales are raised to it.
+
+    Source: Ho et al. 2019 (Flow++), arXiv:1902.00275.
+    """
+
+    components: int = 8
+    law: str | ScaleLaw = "tanh"
+    min_log_scale: float = -7.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.components, bool) or not isinstance(self.components, int):
+            raise TypeError(f"components must be an int, got {type(self.components).__name__}")
+        if not 1 <= self.components <= 64:
+            raise ValueError(f"components must be 1 to 64, got {self.components}")
+        object.__setattr__(self, "law", as_law(self.law))
+
+    @property
+    def params_per_feature(self) -> int:
+        return 3 * self.components + 2
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        kinds = ("logit", "mean", "log_scale")
+        return ("shift", "scale", *(f"{kind}_{k}" for kind in kinds for k in range(self.components)))
+
+
+Transform = ScaleLaw | RQSpline | LogisticMixture
+
+
+def as_transform(transform: str | Transform) -> Transform:
+    """A transform as it is, or the affine transform with the scale law of that name."""
+    return transform if isinstance(transform, (RQSpline, LogisticMixture)) else as_law(transform)
+
+
+def params_per_feature(transform: Transform) -> int:
+    """How many parameters a feature has: 1 (the shift) for the unit law, 2 (shift, scale) for the other laws."""
+    if isinstance(transform, ScaleLaw):
+        return 1 if transform.name == "unit" else 2
+    return transform.params_per_feature
+
+
+def identity_parameters(transform: Transform) -> Tensor:
+    """(P,) parameters from which training may start: the identity, or for a mixture something close to it."""
+    theta = torch.zeros(params_per_feature(transform))
+    if isinstance(transform, RQSpline) and transform.style == "nflows":
+        least = dict(transform.parameters)["min_slope"]
+        theta[2 * transform.bins :] = math.log(math.expm1(1 - least))  # softplus of it is 1 - min_slope
+    if isinstance(transform, LogisticMixture):
+        k = transform.components
+        theta[2 + k : 2 + 2 * k] = torch.linspace(-1.0, 1.0, k) if k > 1 else 0.0
+    return theta

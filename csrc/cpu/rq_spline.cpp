@@ -28,16 +28,6 @@ struct SplineArguments {
 namespace fk {
 
 template <class T>
-ElementView<const T> element_view(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.dim() > 2 ? t.stride(2) : 0};
-}
-
-template <class T>
-ElementView<T> mutable_element_view(Tensor& t) {
-  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.dim() > 2 ? t.stride(2) : 0};
-}
-
-template <class T>
 SplineArguments<T> spline_arguments(const Tensor& x, const Tensor& parameters, int64_t bins, int64_t style,
                                     const std::vector<double>& numbers, bool inverse) {
   STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3, "expected x (N, D) and parameters (N, D, P)");
@@ -51,14 +41,6 @@ SplineArguments<T> spline_arguments(const Tensor& x, const Tensor& parameters, i
   a.spline = spline_options_of<T>(bins, style, numbers);
   a.inverse = inverse;
   return a;
-}
-
-// Where there are no features, nobody writes a row's log-det.
-template <class T>
-void only_running(const std::optional<Tensor>& logdet, Tensor& total) {
-  const T* from = data_or_null<T>(logdet);
-  T* to = static_cast<T*>(total.mutable_data_ptr());
-  for (int64_t r = 0; r < total.size(0); ++r) to[r] = from ? from[r] : T(0);
 }
 
 // Exponentials are what takes the time: two per bin.
