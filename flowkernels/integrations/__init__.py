@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -41,9 +41,9 @@ class Entry(NamedTuple):
 def accelerate(model: Model, *, inplace: bool = True) -> Model:
     """Makes the flows of nflows, zuko, normflows and Pyro inside `model` run on the kernels, and returns it.
 
-    Parameters are shared, not copied; state_dict, pickles, hooks and isinstance stay those of the library. What has no kernel is
-    left as it is; ``fk.explain(model)`` lists every module. Where nothing can be accelerated the model comes back as it was;
-    accelerating twice changes nothing.
+    Parameters are shared, not copied; state_dict, pickles, hooks and isinstance stay those of the library. What has no
+    kernel is left as it is; ``fk.explain(model)`` lists every module. Where nothing can be accelerated the model comes
+    back as it was; accelerating twice changes nothing.
 
     Args:
         model: any module; flows are found at any depth. inplace: False accelerates a deep copy.
@@ -73,7 +73,7 @@ def deaccelerate(model: Model) -> Model:
 
 @contextmanager
 def accelerated(model: Model) -> Iterator[Model]:
-    """``with accelerated(model):`` runs it accelerated inside the block; what was accelerated before stays so after it."""
+    """Accelerates `model` inside the ``with`` block; what was accelerated before stays so after it."""
     _check(model)
     changed = _accelerate(model)
     try:
@@ -112,8 +112,9 @@ def _what(module: nn.Module) -> str | None:
         return None
     if not _library.is_built():
         return f"left: {_library.load_error}"
+    data: Any
     if _common.is_replaced(module):
-        data = module._flowkernels.data  # type: ignore[union-attr]
+        data = module.__dict__[_common.STATE].data
         reason = data.why_not_now() if hasattr(data, "why_not_now") else None
         return f"accelerated: {adapter.what}" if reason is None else f"accelerated, but for now left: {reason}"
     try:
@@ -170,8 +171,8 @@ def _warn_version(peer: str, tested: tuple[str, str]) -> None:
     low, high = tested
     if not _numbers(low) <= _numbers(version) < _numbers(high):
         warnings.warn(
-            f"{PEERS[peer]} {version} is installed; flowkernels' acceleration was tested with {low} up to, not including, "
-            f"{high}. Compare results, or use fk.deaccelerate(model).",
+            f"{PEERS[peer]} {version} is installed; flowkernels was tested with {low} up to, not including, {high}. "
+            "Compare results, or use fk.deaccelerate(model).",
             stacklevel=4,
         )
 

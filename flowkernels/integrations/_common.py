@@ -10,6 +10,7 @@ is not what the kernels do, the call goes the peer's own way, which also raises 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
@@ -32,6 +33,9 @@ from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
 
 STATE = "_flowkernels"
+
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
+_reconstructor: Any = copyreg._reconstructor  # type: ignore[attr-defined]
 
 
 class Left(Exception):
@@ -120,7 +124,7 @@ class Reader:
         """A masked linear layer with a weight and a bias of its own."""
         self.check(found, label, kind)
         mask = found._buffers.get("mask")
-        self.seen.append((found._buffers, "mask", mask))  # type: ignore[arg-type]
+        self.seen.append((found._buffers, "mask", mask))
         if mask is None:
             raise Left(f"{label} has no mask")
         if mask.is_inference():
@@ -128,7 +132,7 @@ class Reader:
         self.masks.append((mask, mask._version))
         for name in ("weight", "bias"):
             if found._parameters.get(name) is None:
-                self.seen.append((found._parameters, name, None))  # type: ignore[arg-type]
+                self.seen.append((found._parameters, name, None))
                 raise Left(f"{label}.{name} is missing or reparametrised")
         return found
 
@@ -161,8 +165,8 @@ class Reader:
 class Structure:
     """A masked network as `flowkernels.plan.Plan` sees it.
 
-    `context_layers` are the layers that get an additive context term. `columns` are the first layer's columns that belong
-    to the features, where the others belong to a context that is concatenated to them.
+    `context_layers` are the layers that get an additive context term. `columns` are the first layer's columns that
+    belong to the features, where the others belong to a context that is concatenated to them.
     """
 
     linears: tuple[nn.Module, ...]
@@ -179,7 +183,7 @@ class Network:
 
     Args:
         read: gives the network's structure by way of a `Reader`, or raises `Left`.
-        terms: the context's additive terms (N, plan.context_width), given the structure, the parameters and the context.
+        terms: the context's additive terms, (N, plan.context_width).
     """
 
     def __init__(
@@ -301,13 +305,10 @@ class Network:
             or self._has_hooks()
             or forward_ad._current_level >= 0
             or torch._C._functorch.maybe_current_level() is not None
-            or torch.jit.is_tracing()
+            or _is_tracing()
         ):
             return False
-        for dropout in self.reader.dropouts:
-            if dropout.p and dropout.training:
-                return False
-        return True
+        return not any(dropout.p and dropout.training for dropout in self.reader.dropouts)
 
     def _stale(self) -> bool:
         if self._changed():
@@ -326,10 +327,10 @@ class Network:
         if not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter):
             return None
         try:
-            parameters = [p for table in self._tables for p in (table["weight"], table["bias"])]
+            parameters: list[Any] = [p for table in self._tables for p in (table["weight"], table["bias"])]
         except KeyError:  # reparametrised since
             return None
-        first: Tensor = parameters[0]  # type: ignore[assignment]
+        first: Tensor = parameters[0]
         if x.dtype != first.dtype or x.device != first.device:
             return None
         batch = x.shape[:-1]
@@ -352,7 +353,7 @@ class Network:
             plan = self._plan(context is not None)
             rows = x if x.dim() == 2 else x.reshape(-1, self.features)
             step = maf_inverse if inverse else maf_forward
-            y, logdet = step(rows, plan, parameters, context=terms, law=law, form=form)  # type: ignore[arg-type]
+            y, logdet = step(rows, plan, parameters, context=terms, law=law, form=form)
         except (TypeError, ValueError):
             # What our operators refuse, the peer's own code may know how to do, or how to refuse.
             return None
@@ -378,6 +379,7 @@ class _Columns:
     def __init__(self) -> None:
         self.weight: Callable[[], Tensor | None] = lambda: None
         self.address = 0
+        self.view = torch.empty(0)
 
     def __call__(self, weight: Tensor, begin: int, end: int) -> Tensor:
         if torch.compiler.is_compiling():
@@ -428,26 +430,29 @@ def law_of(name: str, **parameters: float) -> ScaleLaw:
 
 
 class Replaced:
-    """First base of every class made here. Pickles as the peer's class; deep copies are accelerated again."""
+    """Methods of every class made here. Pickles as the peer's class; deep copies are accelerated again.
 
-    _flowkernels_class: ClassVar[type[nn.Module]]
+    Those methods are copied into a subclass of the peer's class that has no other base: an object's class can only be
+    changed to one of the same layout. So there is no super() here; the peer's methods are `self._flowkernels_class`'s.
+    """
+
+    _flowkernels_class: ClassVar[Any]
     _flowkernels: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, state, *rest = super().__reduce_ex__(4)  # type: ignore[misc]
+        reduced: Any = object.__reduce_ex__(self, 4)
+        _, _, state, *rest = reduced
         state = {**{key: value for key, value in state.items() if key != STATE}, **self._flowkernels.hidden}
         # Not copyreg.__newobj__: pickle would compare its class with ours.
-        return (copyreg._reconstructor, (self._flowkernels_class, object, None), state, *rest)  # type: ignore[attr-defined]
+        return (_reconstructor, (self._flowkernels_class, object, None), state, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         function, arguments, state, *_ = self.__reduce_ex__(4)
         new = function(*arguments)
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(state, memo))
-        try:
+        with contextlib.suppress(Left):
             attach(new)
-        except Left:
-            pass
         return new
 
 
@@ -470,7 +475,7 @@ class Adapter:
 
 
 class State:
-    """What an accelerated module carries: `data` for its methods, and the instance attributes that had to step aside."""
+    """What an accelerated module carries: `data` for its methods; instance attributes that had to step aside."""
 
     def __init__(self, module: nn.Module, data: Any, hidden: dict[str, Any]) -> None:
         self.owner = weakref.ref(module)
@@ -490,7 +495,7 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    return STATE in module.__dict__ and isinstance(module, Replaced)
+    return STATE in module.__dict__ and hasattr(type(module), "_flowkernels_class")
 
 
 def prepare(module: nn.Module) -> tuple[Adapter, Any]:
@@ -526,13 +531,19 @@ def detach(module: nn.Module) -> None:
     module.__dict__.update(state.hidden)
 
 
-@functools.lru_cache(maxsize=None)
-def _subclass(original: type[nn.Module], mixin: type[Replaced]) -> type[nn.Module]:
-    names = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_flowkernels_class": original,
-    }
-    made: type[nn.Module] = type(original)(original.__name__, (mixin, original), names)  # type: ignore[arg-type]
-    return made
+def _subclass(original: Any, mixin: Any) -> Any:
+    """The subclass of `original` with the methods of `mixin`; made once, and named as the peer names its own."""
+    key = (original, mixin)
+    if key not in _subclasses:
+        methods = {name: value for kind in (Replaced, mixin) for name, value in vars(kind).items() if callable(value)}
+        names = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "_flowkernels_class": original,
+        }
+        _subclasses[key] = type(original)(original.__name__, (original,), {**methods, **names})
+    return _subclasses[key]
+
+
+_subclasses: dict[tuple[Any, Any], Any] = {}

@@ -11,14 +11,16 @@ from flowkernels.integrations._common import Left, Network, Reader, Replaced, St
 
 
 class MadeNetwork(Network):
-    """Network of a transform whose child `autoregressive_net` is a `made.MADE` of nflows or normflows.
+    """Network of a transform whose child `autoregressive_net` is a `MADE` of nflows or normflows.
 
     Args:
-        transform: the transform. made: the peer's module ``made``. normflows: whether it is that of normflows, which has no
-            activation after the first layer of a feedforward network, and gates where nflows adds the context.
+        transform: the transform. made: the peer's module ``made``. normflows: whether it is that of normflows, which
+            has no activation after the first layer of a feedforward network, and gates where nflows adds the context.
     """
 
-    def __init__(self, transform: nn.Module, made: Any, normflows: bool) -> None:
+    transform: Any
+
+    def __init__(self, transform: Any, made: Any, normflows: bool) -> None:
         self.transform, self.made, self.normflows = transform, made, normflows
         super().__init__(self._read, self._terms)
 
@@ -57,7 +59,8 @@ class MadeNetwork(Network):
                 activation[-1] = act
                 pair = reader.module(block, "linear_layers")
                 first, second = reader.children(pair, "linear_layers")
-                linears += [reader.linear(first, "linear_layers.0", linear), reader.linear(second, "linear_layers.1", linear)]
+                linears.append(reader.linear(first, "linear_layers.0", linear))
+                linears.append(reader.linear(second, "linear_layers.1", linear))
                 activation += [act, ""]
                 residual += [None, len(residual) - 1]
             else:
@@ -98,7 +101,7 @@ class AffineMade(Replaced):
             done = network.run(inputs, context, False, affine_law(self)) if inputs.dim() == 2 else None
             if done is not None:
                 return done
-        return super().forward(inputs, context)  # type: ignore[misc]
+        return self._flowkernels_class.forward(self, inputs, context)
 
     def inverse(self, inputs: Any, context: Any = None) -> Any:
         network: MadeNetwork = self._flowkernels.data
@@ -106,7 +109,7 @@ class AffineMade(Replaced):
             done = network.run(inputs, context, True, affine_law(self)) if inputs.dim() == 2 else None
             if done is not None:
                 return done
-        return super().inverse(inputs, context)  # type: ignore[misc]
+        return self._flowkernels_class.inverse(self, inputs, context)
 
 
 def affine_law(transform: Any) -> Any:

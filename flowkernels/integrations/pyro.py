@@ -6,7 +6,7 @@ log-scale for `log_abs_det_jacobian`, which adds it up; here the sum is kept, as
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -74,22 +74,22 @@ class Iaf(Replaced):
         done = self._run(x, False)
         if done is not None:
             return done
-        this: Any = super()
-        return this._call_stable(x) if self.stable else this._call(x)  # type: ignore[attr-defined]
+        peer, this = self._flowkernels_class, cast(Any, self)
+        return peer._call_stable(this, x) if this.stable else peer._call(this, x)
 
     def _inverse(self, y: Tensor) -> Any:
         done = self._run(y, True)
         if done is not None:
             return done
-        this: Any = super()
-        return this._inverse_stable(y) if self.stable else this._inverse(y)  # type: ignore[attr-defined]
+        peer, this = self._flowkernels_class, cast(Any, self)
+        return peer._inverse_stable(this, y) if this.stable else peer._inverse(this, y)
 
 
 class ConditionalIaf(Replaced):
     """condition of `ConditionalAffineAutoregressive`: gives an accelerated transform that shares this one's network."""
 
     def condition(self, context: Any) -> Any:
-        transform = super().condition(context)  # type: ignore[misc]
+        transform = self._flowkernels_class.condition(self, context)
         state = self._flowkernels
         if state.owner() is self and isinstance(context, Tensor):
             attach(transform, (_adapter("AffineAutoregressive"), (state.data, context)))
@@ -108,20 +108,20 @@ class _Ready(tuple[Network, Tensor | None]):
 
 
 def adapters() -> list[Adapter]:
-    from pyro.distributions.transforms import affine_autoregressive as affine
-    from pyro.nn import auto_reg_nn as arn
+    from pyro.distributions import transforms
+    from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, MaskedLinear
 
     def plain(transform: nn.Module) -> _Ready:
-        kind = arn.AutoRegressiveNN
-        return _Ready((ArnNetwork(transform, "arn", kind, arn.ConditionalAutoRegressiveNN, arn.MaskedLinear), None))
+        network = ArnNetwork(transform, "arn", AutoRegressiveNN, ConditionalAutoRegressiveNN, MaskedLinear)
+        return _Ready((network, None))
 
     def conditional(transform: nn.Module) -> ArnNetwork:
-        kind = arn.ConditionalAutoRegressiveNN
-        return ArnNetwork(transform, "nn", kind, kind, arn.MaskedLinear)
+        kind = ConditionalAutoRegressiveNN
+        return ArnNetwork(transform, "nn", kind, kind, MaskedLinear)
 
     found = [
         Adapter(
-            affine.AffineAutoregressive,
+            transforms.AffineAutoregressive,
             ("_call", "_inverse", "_call_stable", "_inverse_stable", "log_abs_det_jacobian"),
             Iaf,
             plain,
@@ -129,7 +129,7 @@ def adapters() -> list[Adapter]:
             hides=("_call", "_inverse"),
         ),
         Adapter(
-            affine.ConditionalAffineAutoregressive,
+            transforms.ConditionalAffineAutoregressive,
             ("condition",),
             ConditionalIaf,
             conditional,

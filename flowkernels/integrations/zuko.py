@@ -1,7 +1,7 @@
 """zuko (tested with 1.6): https://github.com/probabilists/zuko
 
-A lazy transform keeps its network and gives, for each context, a transform of `torch.distributions`. That one is replaced
-by a subclass of zuko's, so that whatever is done with it afterwards runs through the kernels.
+A lazy transform keeps its network and gives, for each context, a transform of `torch.distributions`. That one is
+replaced by a subclass of zuko's, so that whatever is done with it afterwards runs through the kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ TESTED = ("1.6", "1.7")
 class MaskedNetwork(Network):
     """Network and law of a `MaskedAutoregressiveTransform`."""
 
-    def __init__(self, transform: nn.Module) -> None:
+    transform: Any
+
+    def __init__(self, transform: Any) -> None:
         import zuko
 
         self.transform, self.zuko = transform, zuko
@@ -88,11 +90,11 @@ class LazyMasked(Replaced):
     def forward(self, c: Tensor | None = None) -> Any:
         network: MaskedNetwork = self._flowkernels.data
         if network.transform is not self or not network.ready():
-            return super().forward(c)  # type: ignore[misc]
-        return _transform_class()(functools.partial(self.meta, c), self.passes, network, c)  # type: ignore[attr-defined]
+            return self._flowkernels_class.forward(self, c)
+        return _transform_class()(functools.partial(self.meta, c), self.passes, network, c)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _transform_class() -> Any:
     """Made when first needed: zuko is imported by then."""
     from zuko.transforms import AutoregressiveTransform
