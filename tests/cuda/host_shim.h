@@ -2,6 +2,9 @@
 // switch only where the kernel synchronises. A barrier that not every thread reaches is an error here, not a hang, and threads
 // can be run in reverse order, so that a result which depends on a missing barrier shows.
 #pragma once
+// Fibers switch by longjmp: half the price of swapcontext, which asks the kernel for the signal mask each time.
+#undef _FORTIFY_SOURCE
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -47,13 +50,16 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf here;
   std::vector<char> stack;
-  bool done = false;
-  alignas(16) unsigned char slot[16];
+  bool done = false, started = false;
+  // Two, used in turn: a lane may be one exchange ahead of another that has not read yet.
+  alignas(16) unsigned char slot[2][16];
+  unsigned turn = 0;
 };
 
 struct State {
-  ucontext_t scheduler;
+  jmp_buf back;
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier block;
@@ -77,8 +83,15 @@ inline void* shared() { return reinterpret_cast<void*>((reinterpret_cast<std::ui
 
 inline void yield() {
   State& s = state();
-  const int me = s.current;
-  swapcontext(&s.fibers[static_cast<size_t>(me)].context, &s.scheduler);
+  if (_setjmp(s.fibers[static_cast<size_t>(s.current)].here) == 0) _longjmp(s.back, 1);
+}
+
+inline void resume(Fiber& f) {
+  State& s = state();
+  if (_setjmp(s.back) != 0) return;
+  if (f.started) _longjmp(f.here, 1);
+  f.started = true;
+  setcontext(&f.context);
 }
 
 inline void wait(Barrier& b, int count) {
@@ -109,7 +122,7 @@ inline void entry() {
   (*s.body)();
   s.fibers[static_cast<size_t>(s.current)].done = true;
   s.progress = true;
-  swapcontext(&s.fibers[static_cast<size_t>(s.current)].context, &s.scheduler);
+  _longjmp(s.back, 1);
 }
 
 inline void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body) {
@@ -130,7 +143,8 @@ inline void run(const char* name, int64_t blocks, int threads, int64_t shared_by
     s.block = Barrier{};
     for (int t = 0; t < threads; ++t) {
       Fiber& f = s.fibers[static_cast<size_t>(t)];
-      f.done = false;
+      f.done = f.started = false;
+      f.turn = 0;
       if (f.stack.empty()) f.stack.resize(kStack);
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.data();
@@ -147,7 +161,7 @@ inline void run(const char* name, int64_t blocks, int threads, int64_t shared_by
         s.current = t;
         threadIdx = {static_cast<unsigned>(t), 0, 0};
         blockIdx = {static_cast<unsigned>(b), 0, 0};
-        swapcontext(&s.scheduler, &f.context);
+        resume(f);
         if (f.done) --left;
       }
       if (left > 0 && !s.progress) {
@@ -164,11 +178,11 @@ T exchange(T value, int from) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 16);
   State& s = state();
   const int me = s.current, base = me / kWarp * kWarp;
-  std::memcpy(s.fibers[static_cast<size_t>(me)].slot, &value, sizeof(T));
+  const unsigned turn = s.fibers[static_cast<size_t>(me)].turn++ % 2;
+  std::memcpy(s.fibers[static_cast<size_t>(me)].slot[turn], &value, sizeof(T));
   warp_barrier();
   T result;
-  std::memcpy(&result, s.fibers[static_cast<size_t>(base + from % kWarp)].slot, sizeof(T));
-  warp_barrier();
+  std::memcpy(&result, s.fibers[static_cast<size_t>(base + from % kWarp)].slot[turn], sizeof(T));
   return result;
 }
 
