@@ -19,6 +19,7 @@ ACTIVATIONS = ("identity", "relu", "tanh", "elu", "silu", "leaky_relu", "gelu", 
 # Rows of the widest layer in one block of a sweep. Inside a block features go one by one; what earlier blocks contribute
 # is one matrix product. Measured on D=784 H=1024 and D=63 H=512, see benchmarks/results.
 BLOCK_ROWS = 48
+MAX_LAYERS = 64  # csrc/common/net.h: kMaxLayers
 PANEL_ROWS = 16  # csrc/cpu/panels.h
 
 
@@ -57,6 +58,8 @@ class Plan:
     ) -> None:
         if len(masks) == 0:
             raise ValueError("masks must hold at least the output layer's mask, got none")
+        if len(masks) > MAX_LAYERS:
+            raise ValueError(f"masks must hold at most {MAX_LAYERS} layers, got {len(masks)}")
         for i, mask in enumerate(masks):
             if not isinstance(mask, Tensor):
                 raise TypeError(f"masks[{i}] must be a torch.Tensor, got {type(mask).__name__}")

@@ -75,7 +75,18 @@ std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor
     const int64_t wanted = codes[t * kCodes + 3];
     STD_TORCH_CHECK(wanted == 0 || wanted == kepts[t].rows, "saved rows must be 0 or ", kepts[t].rows, ", got ", wanted);
     rows += wanted;
-    if (!contexts.empty()) terms.push_back(torch::stable::contiguous(contexts[t]));
+    STD_TORCH_CHECK(packed[t].scalar_type() == in.scalar_type() && packed[t].numel() == nets[t].packed_size,
+                    "packed weights do not fit the input and the plan of transform ", t);
+    STD_TORCH_CHECK(nets[t].features == in.size(1), "transform ", t, " has ", nets[t].features, " features, x has ",
+                    in.size(1));
+    if (contexts.empty()) {
+      STD_TORCH_CHECK(nets[t].context_width == 0, "transform ", t, " needs a context");
+      continue;
+    }
+    terms.push_back(torch::stable::contiguous(contexts[t]));
+    STD_TORCH_CHECK(terms[t].scalar_type() == in.scalar_type() && terms[t].size(0) == samples &&
+                        terms[t].size(1) == nets[t].context_width,
+                    "the context of transform ", t, " does not fit the input and the plan");
   }
   Tensor y = new_empty(in, {samples, nets[0].features}), logdet = new_empty(in, {samples});
   Tensor saved = new_empty(in, {rows, kepts[0].stride});

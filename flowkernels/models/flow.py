@@ -43,7 +43,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D) [, context (N, K)] -> (N,) log-densities in nats."""
         z, logdet = self.transform(x, context)
-        return _log_normal(z) + logdet
+        return logdet + _log_normal(z)
 
     @torch.no_grad()
     def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
@@ -116,4 +116,4 @@ class Flow(nn.Module):
 
 
 def _log_normal(z: Tensor) -> Tensor:
-    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+    return torch.linalg.vecdot(z, z).mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))

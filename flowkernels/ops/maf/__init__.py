@@ -112,7 +112,7 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
         codes += (law.code, FORMS.index(form), inverse, plan.saved_rows[inverse] if grad else 0)
         numbers += law.numbers
         if with_context:
-            contexts.append(x.new_empty(x.shape[0], 0) if context is None else context)
+            contexts.append(x.new_empty(x.shape[0], 0) if context is None else context.to(dtype))
     if not grad:
         y, logdet, _ = maf_op(x, contexts, packed, tables, codes, numbers)
         return y, logdet
