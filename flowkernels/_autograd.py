@@ -43,3 +43,29 @@ def reference_double_backward(
     if not wanted:
         return (None,) * len(leaves)
     return torch.autograd.grad([g for g, _ in wanted], leaves, [gg for _, gg in wanted], allow_unused=True)
+
+
+class _NotTwice(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} is not twice differentiable on this backend; "
+            "`with flowkernels.use_backend('reference')` it is, in plain PyTorch"
+        )
+
+
+def not_twice_differentiable(name: str, grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`grads` as they are, except that a derivative of them raises instead of being silently zero."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        return grads
+    return _NotTwice.apply(name, len(grads), *grads, *inputs)

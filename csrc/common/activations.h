@@ -46,4 +46,36 @@ FK_INLINE T activate_slope(T v) {
   return T(1);
 }
 
+// Where the slope can be had from the output alone, nothing but the output needs to be kept for the backward pass.
+inline constexpr bool slope_needs_input(Activation a) { return a == Activation::silu || a == Activation::gelu; }
+
+// d activate / dv from a = activate(v); for silu and gelu the argument is v itself.
+template <Activation A, class T>
+FK_INLINE T slope_from_kept(T a) {
+  if constexpr (slope_needs_input(A)) return activate_slope<A>(a);
+  if constexpr (A == Activation::relu) return a > T(0) ? T(1) : T(0);
+  if constexpr (A == Activation::tanh) return (T(1) - a) * (T(1) + a);
+  if constexpr (A == Activation::elu) return a > T(0) ? T(1) : a + T(1);
+  if constexpr (A == Activation::leaky_relu) return a > T(0) ? T(1) : leaky_slope<T>;
+  if constexpr (A == Activation::sigmoid) return a * (T(1) - a);
+  if constexpr (A == Activation::softplus) return -math::expm1(-a);
+  return T(1);
+}
+
+// Calls f.template operator()<A>() for an activation named at run time.
+template <class F>
+decltype(auto) dispatch_activation(Activation a, F&& f) {
+  switch (a) {
+    case Activation::relu: return f.template operator()<Activation::relu>();
+    case Activation::tanh: return f.template operator()<Activation::tanh>();
+    case Activation::elu: return f.template operator()<Activation::elu>();
+    case Activation::silu: return f.template operator()<Activation::silu>();
+    case Activation::leaky_relu: return f.template operator()<Activation::leaky_relu>();
+    case Activation::gelu: return f.template operator()<Activation::gelu>();
+    case Activation::sigmoid: return f.template operator()<Activation::sigmoid>();
+    case Activation::softplus: return f.template operator()<Activation::softplus>();
+    default: return f.template operator()<Activation::identity>();
+  }
+}
+
 }  // namespace fk

@@ -1,0 +1,359 @@
+// Kernels of the autoregressive operators for one instruction set; included by foreach_isa.h.
+#include "cpu/panel_kernels.h"
+
+namespace fk::FK_ISA {
+
+// Rows [begin, end) of one group of panels, columns [from, to).
+template <class T>
+void multiply_add_range(const Layer& layer, const Panel* group, const T* packed, T* rows, const T* columns,
+                        int64_t begin, int64_t end, int64_t from, int64_t to) {
+  for (int64_t r = begin; r < end;) {
+    const Panel& p = group[(r - group->row) / kPanelRows];
+    const int64_t stop = std::min(end, p.row + p.rows), depth = std::min(to, p.depth);
+    multiply_add_rows(rows + r * kLanes, packed + p.offset + from * p.height + (r - p.row), p.height,
+                      columns + from * kLanes, depth - from, stop - r);
+    r = stop;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Transforms over rows of lanes.
+
+template <Law L, Form F, bool Inverse, class T>
+void affine_lanes(const T* x, const T* parameters, T* y, T* logdet, const LawParameters<T>& law) {
+  for (int i = 0; i < kLanes; ++i) {
+    const Transformed<T> out = affine<L, F, Inverse>(x[i], parameters[i], parameters[kLanes + i], law);
+    y[i] = out.y;
+    logdet[i] += out.logdet;
+  }
+}
+
+template <Law L, Form F, bool Inverse, class T>
+void affine_lanes_backward(const T* grad_y, const T* grad_logdet, const T* x, const T* parameters, T* grad_x,
+                           T* grad_parameters, const LawParameters<T>& law) {
+  for (int i = 0; i < kLanes; ++i) {
+    const AffineGradient<T> g = affine_backward<L, F, Inverse>(grad_y[i], grad_logdet[i], x[i], parameters[i],
+                                                              parameters[kLanes + i], law);
+    grad_x[i] = g.x;
+    grad_parameters[i] = g.shift;
+    grad_parameters[kLanes + i] = g.u;
+  }
+}
+
+template <class T>
+void bind_affine(Transform<T>& t, Law law, Form form, bool inverse) {
+  dispatch_affine(law, form, inverse, [&]<Law L, Form F, bool Inverse>() {
+    t.forward = affine_lanes<L, F, Inverse, T>;
+    t.backward = affine_lanes_backward<L, F, Inverse, T>;
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One tile of samples on its way through a net.
+
+template <class T>
+struct Tile {
+  const Net& net;
+  const T* packed;
+  int64_t first, count;  // samples
+  T* inputs;             // [row][lane], rows of the net's input
+  T* output[kMaxLayers];
+  T* before[kMaxLayers];  // pre-activations; the same memory as output where nobody needs them afterwards
+  RowsFunction<T> activation[kMaxLayers];
+  SlopeFunction<T> slope[kMaxLayers];
+
+  const T* columns(int64_t l) const { return l ? output[l - 1] : inputs; }
+
+  static int64_t scratch_size(const Net& net) {
+    int64_t rows = net.inputs;
+    for (int64_t l = 0; l < net.layers; ++l) rows += 2 * net.layer[l].rows;
+    return rows * kLanes;
+  }
+
+  Tile(const Net& n, const T* weights, T* memory) : net(n), packed(weights), first(0), count(0) {
+    inputs = memory;
+    memory += net.inputs * kLanes;
+    for (int64_t l = 0; l < net.layers; ++l) {
+      output[l] = before[l] = memory;
+      memory += net.layer[l].rows * kLanes;
+      before[l] = memory;
+      memory += net.layer[l].rows * kLanes;
+      activation[l] = activation_function<T>(net.layer[l].activation);
+      slope[l] = slope_function<T>(net.layer[l].activation);
+    }
+    // In place, unless a residual connection or a slope reads the pre-activation later.
+    for (int64_t l = 0; l < net.layers; ++l) {
+      bool later = slope_needs_input(static_cast<Activation>(net.layer[l].activation));
+      for (int64_t m = l + 1; m < net.layers; ++m) later |= net.layer[m].residual == l;
+      if (net.layer[l].transposed || !later) before[l] = output[l];
+    }
+  }
+};
+
+// Rows of lanes into rows of samples. What lies beyond the last sample is written as zero, so that sums over samples may run
+// over whole vectors.
+template <class T>
+void keep_rows(const Tile<T>& tile, T* kept, int64_t stride, int64_t kept_row, const T* rows, int64_t begin, int64_t end) {
+  const bool last = stride - tile.first == 2 * kLanes;
+  for (int64_t r = begin; r < end; ++r) {
+    T* to = kept + (kept_row + r) * stride + tile.first;
+    if (!last) {
+      std::memcpy(to, rows + r * kLanes, kLanes * sizeof(T));
+      continue;
+    }
+    for (int i = 0; i < kLanes; ++i) to[i] = i < tile.count ? rows[r * kLanes + i] : T(0);
+    for (int i = kLanes; i < 2 * kLanes; ++i) to[i] = T(0);
+  }
+}
+
+template <class T>
+void load_lanes(const Tile<T>& tile, T* row, const T* from, int64_t stride) {
+  for (int i = 0; i < kLanes; ++i) row[i] = i < tile.count ? from[(tile.first + i) * stride] : T(0);
+}
+
+template <class T>
+void store_lanes(const Tile<T>& tile, T* to, int64_t stride, const T* row) {
+  for (int64_t i = 0; i < tile.count; ++i) to[(tile.first + i) * stride] = row[i];
+}
+
+// Forwards: pre-activation = bias + context + residual + product, output = activation.
+template <class T>
+struct ForwardStage {
+  const MafCall<T>& call;
+
+  void begin(Tile<T>& tile, int64_t l, int64_t r0, int64_t r1) const {
+    const Layer& layer = tile.net.layer[l];
+    const T* bias = tile.packed + layer.bias;
+    for (int64_t r = r0; r < r1; ++r) {
+      T* row = tile.before[l] + r * kLanes;
+      for (int i = 0; i < kLanes; ++i) row[i] = bias[r];
+      if (layer.context_column >= 0 && call.context) {
+        const T* context = call.context + layer.context_column + layer.perm[r];
+        for (int64_t i = 0; i < tile.count; ++i) row[i] += context[(tile.first + i) * call.context_stride];
+      }
+    }
+  }
+
+  void finish(Tile<T>& tile, int64_t l, int64_t r0, int64_t r1) const {
+    const Layer& layer = tile.net.layer[l];
+    T* before = tile.before[l];
+    if (layer.residual >= 0)
+      for (int64_t r = r0; r < r1; ++r) {
+        const T* source = tile.before[layer.residual] + layer.residual_row[r] * kLanes;
+        for (int i = 0; i < kLanes; ++i) before[r * kLanes + i] += source[i];
+      }
+    tile.activation[l](before + r0 * kLanes, tile.output[l] + r0 * kLanes, (r1 - r0) * kLanes);
+    if (call.saved) {
+      keep_rows(tile, call.saved, call.kept.stride, call.kept.output[l], tile.output[l], r0, r1);
+      if (call.kept.slope[l] != call.kept.output[l])
+        keep_rows(tile, call.saved, call.kept.stride, call.kept.slope[l], before, r0, r1);
+    }
+  }
+};
+
+// Backwards: gradient of the output = product, of the pre-activation = slope times that, plus the residual's.
+template <class T>
+struct BackwardStage {
+  const MafCall<T>& call;
+
+  void begin(Tile<T>& tile, int64_t l, int64_t r0, int64_t r1) const {
+    std::memset(tile.before[l] + r0 * kLanes, 0, static_cast<size_t>(r1 - r0) * kLanes * sizeof(T));
+  }
+
+  void finish(Tile<T>& tile, int64_t l, int64_t r0, int64_t r1) const {
+    if (l == tile.net.layers - 1) return;  // gradients of the features: the caller adds them up
+    const Layer& layer = tile.net.layer[l];
+    const int64_t forward = tile.net.layers - 2 - l, last = layer.rows - 1;
+    const T* kept = call.saved_in + call.kept.slope[forward] * call.kept.stride + tile.first;
+    for (int64_t r = r0; r < r1; ++r) {
+      T* row = tile.output[l] + r * kLanes;
+      tile.slope[l](kept + (last - r) * call.kept.stride, row, 1);
+      if (layer.residual >= 0 && layer.residual_row[r] >= 0) {
+        const T* source = tile.output[layer.residual] + layer.residual_row[r] * kLanes;
+        for (int i = 0; i < kLanes; ++i) row[i] += source[i];
+      }
+    }
+    keep_rows(tile, call.grads, call.kept_back.stride, call.kept_back.output[l], tile.output[l], r0, r1);
+  }
+};
+
+// The whole net at once, every layer after the other: the density direction.
+template <class T, class Stage>
+void run_dense(Tile<T>& tile, const Stage& stage) {
+  for (int64_t l = 0; l < tile.net.layers; ++l) {
+    const Layer& layer = tile.net.layer[l];
+    stage.begin(tile, l, 0, layer.rows);
+    for (int64_t p = 0; p < layer.panels; ++p) {
+      const Panel& panel = layer.panel[p];
+      multiply_add_rows(tile.before[l] + panel.row * kLanes, tile.packed + panel.offset, panel.height, tile.columns(l),
+                        panel.depth, panel.rows);
+    }
+    stage.finish(tile, l, 0, layer.rows);
+  }
+}
+
+// The sweep, the sampling direction: at each step the output rows of that step become final, `step(row0, row1, s)` turns them
+// into input rows, and those make more hidden units final. What earlier blocks of steps contribute is one product per layer
+// and block; only the rest inside a block goes step by step.
+template <class T, class Stage, class Step>
+void run_sweep(Tile<T>& tile, const Stage& stage, const Step& step) {
+  const Net& net = tile.net;
+  const int64_t last = net.layers - 1;
+  for (int64_t l = 0; l < last; ++l) {
+    const Layer& layer = net.layer[l];
+    stage.begin(tile, l, 0, layer.up_to[0]);
+    multiply_add_range(layer, layer.panel, tile.packed, tile.before[l], tile.columns(l), 0, layer.up_to[0], 0,
+                       net.columns_up_to(l)[0]);
+    stage.finish(tile, l, 0, layer.up_to[0]);
+  }
+  for (int64_t b = 0; b < net.blocks; ++b) {
+    const int64_t begin = net.block[b], end = net.block[b + 1];
+    for (int64_t l = 0; l <= last; ++l) {
+      const Layer& layer = net.layer[l];
+      stage.begin(tile, l, layer.up_to[begin], layer.up_to[end]);
+      multiply_add_range(layer, layer.panel + layer.group[b + 1], tile.packed, tile.before[l], tile.columns(l),
+                         layer.up_to[begin], layer.up_to[end], 0, net.columns_up_to(l)[begin]);
+    }
+    auto advance = [&](int64_t l, int64_t s, int64_t time) {
+      const Layer& layer = net.layer[l];
+      const int64_t* columns = net.columns_up_to(l);
+      multiply_add_range(layer, layer.panel + layer.group[b + 1], tile.packed, tile.before[l], tile.columns(l),
+                         layer.up_to[s], layer.up_to[s + 1], columns[begin], columns[time]);
+      stage.finish(tile, l, layer.up_to[s], layer.up_to[s + 1]);
+    };
+    for (int64_t s = begin; s < end; ++s) {
+      advance(last, s, s);  // output rows of step s need what is final at s
+      step(net.output().up_to[s], net.output().up_to[s + 1]);
+      for (int64_t l = 0; l < last; ++l) advance(l, s, s + 1);  // hidden units of time s + 1
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators, tiles [begin, end).
+
+template <class T>
+void for_each_tile(const MafCall<T>& call, int64_t begin, int64_t end, Tile<T>& tile, auto&& body) {
+  for (int64_t t = begin; t < end; ++t) {
+    tile.first = t * kLanes;
+    tile.count = std::min<int64_t>(kLanes, call.samples - tile.first);
+    body();
+  }
+}
+
+template <class T>
+void maf_forward(const MafCall<T>& call, int64_t begin, int64_t end) {
+  const Net& net = *call.net;
+  Tile<T> tile(net, call.packed, scratch().template get<T>(Tile<T>::scratch_size(net) + kLanes));
+  const int64_t last = net.layers - 1, features = net.features;
+  for_each_tile(call, begin, end, tile, [&] {
+    for (int64_t f = 0; f < features; ++f)
+      load_lanes(tile, tile.inputs + f * kLanes, call.input + net.input_perm[f], features);
+    if (call.saved) keep_rows(tile, call.saved, call.kept.stride, 0, tile.inputs, 0, features);
+    run_dense(tile, ForwardStage<T>{call});
+    alignas(64) T logdet[kLanes] = {}, y[kLanes];
+    for (int64_t f = 0; f < features; ++f) {
+      call.transform.forward(tile.inputs + f * kLanes, tile.output[last] + f * net.parameters * kLanes, y, logdet,
+                             call.transform.law);
+      store_lanes(tile, call.output + net.input_perm[f], features, y);
+    }
+    store_lanes(tile, call.logdet, 1, logdet);
+  });
+}
+
+template <class T>
+void maf_inverse(const MafCall<T>& call, int64_t begin, int64_t end) {
+  const Net& net = *call.net;
+  Tile<T> tile(net, call.packed, scratch().template get<T>(Tile<T>::scratch_size(net) + kLanes));
+  const int64_t last = net.layers - 1, features = net.features, per = net.parameters;
+  for_each_tile(call, begin, end, tile, [&] {
+    alignas(64) T logdet[kLanes] = {}, z[kLanes];
+    run_sweep(tile, ForwardStage<T>{call}, [&](int64_t r0, int64_t r1) {
+      for (int64_t f = r0 / per; f < r1 / per; ++f) {
+        T* x = tile.inputs + f * kLanes;
+        load_lanes(tile, z, call.input + net.input_perm[f], features);
+        call.transform.forward(z, tile.output[last] + f * per * kLanes, x, logdet, call.transform.law);
+        store_lanes(tile, call.output + net.input_perm[f], features, x);
+      }
+      if (call.saved) keep_rows(tile, call.saved, call.kept.stride, 0, tile.inputs, r0 / per, r1 / per);
+    });
+    store_lanes(tile, call.logdet, 1, logdet);
+  });
+}
+
+// Gradient rows of one feature's parameters sit in reverse order in the backward net.
+template <class T>
+void store_reversed(T* rows, int64_t per, const T* grads) {
+  for (int64_t p = 0; p < per; ++p)
+    for (int i = 0; i < kLanes; ++i) rows[(per - 1 - p) * kLanes + i] = grads[p * kLanes + i];
+}
+
+inline constexpr int kMaxParameters = 256;
+
+template <class T>
+void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
+  const Net& net = *call.net;
+  const Net& back = *call.back;
+  const int64_t features = net.features, per = net.parameters;
+  const int64_t size = Tile<T>::scratch_size(back);
+  T* memory = scratch().template get<T>(size + (features + kMaxParameters + 1) * kLanes);
+  Tile<T> tile(back, call.packed_back, memory);
+  T* direct = memory + size;
+  T* grads = direct + features * kLanes;
+  const T* parameters = call.saved_in + call.kept.output[net.layers - 1] * call.kept.stride;
+  alignas(64) T grad_logdet[kLanes], grad_y[kLanes], theta[kMaxParameters * kLanes];
+  for_each_tile(call, begin, end, tile, [&] {
+    load_lanes(tile, grad_logdet, call.grad_logdet, 1);
+    for (int64_t f = 0; f < features; ++f) {
+      load_lanes(tile, grad_y, call.grad_output + net.input_perm[f], features);
+      for (int64_t p = 0; p < per; ++p)
+        std::memcpy(theta + p * kLanes, parameters + (f * per + p) * call.kept.stride + tile.first, kLanes * sizeof(T));
+      call.transform.backward(grad_y, grad_logdet, call.saved_in + f * call.kept.stride + tile.first, theta,
+                              direct + f * kLanes, grads, call.transform.law);
+      store_reversed(tile.inputs + (features - 1 - f) * per * kLanes, per, grads);
+    }
+    keep_rows(tile, call.grads, call.kept_back.stride, 0, tile.inputs, 0, back.inputs);
+    run_dense(tile, BackwardStage<T>{call});
+    const T* through = tile.output[back.layers - 1];
+    for (int64_t f = 0; f < features; ++f) {
+      T* row = direct + f * kLanes;
+      for (int i = 0; i < kLanes; ++i) row[i] += through[(features - 1 - f) * kLanes + i];
+      store_lanes(tile, call.grad_input + net.input_perm[f], features, row);
+    }
+  });
+}
+
+// The sweep in reverse: the gradient of a feature is final when all later features have passed theirs on.
+template <class T>
+void maf_inverse_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
+  const Net& net = *call.net;
+  const Net& back = *call.back;
+  const int64_t features = net.features, per = net.parameters;
+  const int64_t size = Tile<T>::scratch_size(back);
+  T* memory = scratch().template get<T>(size + (kMaxParameters + 1) * kLanes);
+  Tile<T> tile(back, call.packed_back, memory);
+  T* grads = memory + size;
+  const T* parameters = call.saved_in + call.kept.output[net.layers - 1] * call.kept.stride;
+  alignas(64) T grad_logdet[kLanes], grad_x[kLanes], grad_z[kLanes], z[kLanes], theta[kMaxParameters * kLanes];
+  for_each_tile(call, begin, end, tile, [&] {
+    load_lanes(tile, grad_logdet, call.grad_logdet, 1);
+    run_sweep(tile, BackwardStage<T>{call}, [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; ++r) {
+        const int64_t f = features - 1 - r;
+        load_lanes(tile, grad_x, call.grad_output + net.input_perm[f], features);
+        load_lanes(tile, z, call.input + net.input_perm[f], features);
+        const T* through = tile.output[back.layers - 1] + r * kLanes;
+        for (int i = 0; i < kLanes; ++i) grad_x[i] += through[i];
+        for (int64_t p = 0; p < per; ++p)
+          std::memcpy(theta + p * kLanes, parameters + (f * per + p) * call.kept.stride + tile.first,
+                      kLanes * sizeof(T));
+        call.transform.backward(grad_x, grad_logdet, z, theta, grad_z, grads, call.transform.law);
+        store_reversed(tile.inputs + r * per * kLanes, per, grads);
+        store_lanes(tile, call.grad_input + net.input_perm[f], features, grad_z);
+      }
+      keep_rows(tile, call.grads, call.kept_back.stride, 0, tile.inputs, r0 * per, r1 * per);
+    });
+  });
+}
+
+}  // namespace fk::FK_ISA

@@ -1,0 +1,111 @@
+"""What every flow can do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Flow(nn.Module):
+    """A normalizing flow with a standard normal base: x -> z through `layers`, each with ``forward`` and ``inverse``.
+
+    ``log p(x) = log N(z; 0, I) + log |det dz/dx|``, in nats.
+
+    A layer maps ``(N, D), context -> (N, D), (N,)`` in both directions. Subclasses only build the layers.
+    """
+
+    def __init__(self, features: int, layers: Sequence[nn.Module], context_features: int = 0) -> None:
+        super().__init__()
+        self.features, self.context_features = features, context_features
+        self.layers = nn.ModuleList(layers)
+
+    def transform(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Density direction: x (N, D) [, context (N, K)] -> z (N, D), logdet (N,)."""
+        self._check_input("x", x)
+        total: Tensor | None = None
+        for layer in self.layers:
+            x, logdet = layer(x, context)
+            total = logdet if total is None else total + logdet
+        return x, x.new_zeros(x.shape[0]) if total is None else total
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sampling direction: z (N, D) [, context (N, K)] -> x (N, D), logdet (N,), the negative of `transform`'s."""
+        self._check_input("z", z)
+        total: Tensor | None = None
+        for layer in reversed(self.layers):
+            z, logdet = layer.inverse(z, context)  # type: ignore[operator]
+            total = logdet if total is None else total + logdet
+        return z, z.new_zeros(z.shape[0]) if total is None else total
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(N, D) [, context (N, K)] -> (N,) log-densities in nats."""
+        z, logdet = self.transform(x, context)
+        return _log_normal(z) + logdet
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
+        """n samples (n, D); with context (C, K): n for each row, (C, n, D).
+
+        `seed` makes the noise reproducible without touching torch's generator.
+        """
+        return self.rsample(n, context, seed=seed)
+
+    def rsample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
+        """As `sample`, differentiable with respect to the parameters and the context."""
+        noise, rows, shape = self._noise(n, context, seed)
+        x, _ = self.inverse(noise, rows)
+        return x.reshape(*shape, self.features)
+
+    def sample_and_log_prob(
+        self, n: int, context: Tensor | None = None, *, seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples as `rsample` gives them and their log-densities, (n,) or (C, n), from the same sweep."""
+        noise, rows, shape = self._noise(n, context, seed)
+        x, logdet = self.inverse(noise, rows)
+        return x.reshape(*shape, self.features), (_log_normal(noise) - logdet).reshape(shape)
+
+    def _noise(
+        self, n: int, context: Tensor | None, seed: int | None
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        """Noise (rows, D), the context of each row, and the shape that the rows come back in."""
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"n must be an integer, got {type(n).__name__}")
+        if n < 0:
+            raise ValueError(f"n must be >= 0, got {n}")
+        shape: tuple[int, ...] = (n,)
+        rows = None
+        if context is not None or self.context_features:
+            self._check_context(context)
+            assert context is not None
+            shape = (context.shape[0], n)
+            rows = context.repeat_interleave(n, dim=0)
+        like = next(iter(self.parameters()), torch.empty(0))
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device=like.device).manual_seed(seed)
+        noise = torch.randn(
+            math.prod(shape), self.features, dtype=like.dtype, device=like.device, generator=generator
+        )
+        return noise, rows, shape
+
+    def _check_input(self, name: str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dim() != 2 or value.shape[1] != self.features:
+            raise ValueError(f"{name} must have shape (N, {self.features}), got {tuple(value.shape)}")
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if context is None:
+            raise ValueError(f"context is missing: this flow needs one of shape (C, {self.context_features})")
+        if not self.context_features:
+            raise ValueError("context was given, but this flow was built with context_features=0")
+        if context.dim() != 2 or context.shape[1] != self.context_features:
+            raise ValueError(f"context must have shape (C, {self.context_features}), got {tuple(context.shape)}")
+
+
+def _log_normal(z: Tensor) -> Tensor:
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))

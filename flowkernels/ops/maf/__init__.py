@@ -1,0 +1,138 @@
+"""The masked autoregressive transform: density in one pass, exact sampling for less than that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._backend import runs_reference
+from flowkernels._checks import COMPUTE_DTYPE, check_choice, check_float_tensor, check_shape
+from flowkernels._library import needs_grad
+from flowkernels.ops.maf import reference
+from flowkernels.ops.maf.autograd import FORWARD, INVERSE, Maf
+from flowkernels.ops.maf.pack import packed_weights
+from flowkernels.plan import Plan
+from flowkernels.scales import FORMS, ScaleLaw, as_law
+
+__all__ = ["maf_forward", "maf_inverse"]
+
+
+def maf_forward(
+    x: Tensor,
+    plan: Plan,
+    parameters: Sequence[Tensor],
+    *,
+    context: Tensor | None = None,
+    law: str | ScaleLaw = "softplus",
+    form: str = "scale_shift",
+) -> tuple[Tensor, Tensor]:
+    r"""Density direction x -> z of a masked autoregressive transform, and its log-det, in one pass.
+
+    ``z_i = affine(x_i; shift_i(x_<i), scale_i(x_<i))``, the parameters given by the masked network of `plan`
+    (`flowkernels.plan.Plan`), the affine transform as in `affine_coupling` with `law` and `form`.
+
+    Args:
+        x: (N, D), float64, float32, bfloat16 or float16; halves are calculated in float32.
+        plan: the network's plan.
+        parameters: ``weight_0, bias_0, weight_1, bias_1, ...``: dense weights (out, in) and biases (out,); masked weights are
+            never used, and their gradient is zero.
+        context: (N, plan.context_width), the terms added to the pre-activations of the layers ``plan.context``, side by side.
+        law, form: see `affine_coupling`.
+
+    Returns:
+        z (N, D) and logdet (N,) in nats, differentiable once with respect to x, context and every parameter.
+
+    Raises:
+        TypeError, ValueError: the argument, what it was and what it should be.
+
+    Source: Papamakarios et al. 2017, arXiv:1705.07057; masks: Germain et al. 2015, arXiv:1502.03509.
+    """
+    return _maf("x", x, plan, parameters, context, law, form, inverse=False)
+
+
+def maf_inverse(
+    z: Tensor,
+    plan: Plan,
+    parameters: Sequence[Tensor],
+    *,
+    context: Tensor | None = None,
+    law: str | ScaleLaw = "softplus",
+    form: str = "scale_shift",
+) -> tuple[Tensor, Tensor]:
+    r"""Sampling direction z -> x: the exact inverse of `maf_forward`, and its log-det (the negative of the forward one).
+
+    Others run the whole network D times. Here every weight is used once: a hidden unit is calculated when the last feature that
+    it sees is known, features go block by block, and what earlier blocks contribute is one matrix product. The gradient is the
+    same sweep backwards and takes memory for one pass, not for D.
+
+    Arguments, returns and errors are those of `maf_forward`, with z (N, D) in place of x.
+    """
+    return _maf("z", z, plan, parameters, context, law, form, inverse=True)
+
+
+def _maf(
+    name: str,
+    x: Tensor,
+    plan: Plan,
+    parameters: Sequence[Tensor],
+    context: Tensor | None,
+    law: str | ScaleLaw,
+    form: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    law = as_law(law)
+    _check(name, x, plan, parameters, context, law, form)
+    dtype = COMPUTE_DTYPE[x.dtype]
+    rows = x.to(dtype)
+    terms = None if context is None else context.to(dtype)
+    weights = [p.to(dtype) for p in parameters]
+    if runs_reference(x):
+        run = reference.maf_inverse if inverse else reference.maf_forward
+        y, logdet = run(rows, terms, plan, weights, law, form)
+        return y.to(x.dtype), logdet
+    tables, options = plan.tables(x.device), (law.code, law.numbers, FORMS.index(form))
+    packed = packed_weights(plan, weights)
+    if needs_grad(rows, terms, *weights):
+        back = packed_weights(plan, weights, backward=True)
+        masks = plan.masks_on(x.device)
+        y, logdet, _ = Maf.apply(
+            rows, terms, packed, back, tables, masks, inverse, *options, plan.saved_rows, *weights
+        )
+    else:
+        y, logdet, _ = (INVERSE if inverse else FORWARD)[0](rows, terms, packed, tables[0], *options, 0)
+    return y.to(x.dtype), logdet
+
+
+def _check(
+    name: str, x: Any, plan: Any, parameters: Sequence[Tensor], context: Any, law: ScaleLaw, form: str
+) -> None:
+    check_float_tensor(name, x)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a flowkernels.plan.Plan, got {type(plan).__name__}")
+    if x.dim() != 2 or x.shape[1] != plan.features:
+        raise ValueError(f"{name} must have shape (N, {plan.features}), got {tuple(x.shape)}")
+    if len(parameters) != 2 * len(plan.masks):
+        raise ValueError(
+            f"parameters must hold {2 * len(plan.masks)} tensors, a weight and a bias for each of {len(plan.masks)} layers, "
+            f"got {len(parameters)}"
+        )
+    for i, parameter in enumerate(parameters):
+        mask = plan.masks[i // 2]
+        label = f"parameters[{i}]"
+        if not (isinstance(parameter, Tensor) and parameter.dtype == x.dtype and parameter.device == x.device):
+            check_float_tensor(label, parameter, like=x, like_name=name)
+        if parameter.shape != (mask.shape if i % 2 == 0 else mask.shape[:1]):
+            check_shape(label, parameter, tuple(mask.shape if i % 2 == 0 else mask.shape[:1]), "as its mask")
+    if plan.context_width and context is None:
+        raise ValueError(f"context is missing: this plan needs one of shape (N, {plan.context_width})")
+    if context is not None:
+        check_float_tensor("context", context, like=x, like_name=name)
+        check_shape("context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width")
+    check_choice("form", form, FORMS)
+    if form == "gate" and law.name != "sigmoid":
+        raise ValueError(f"form 'gate' needs law 'sigmoid', got {law.name!r}")
+    if sorted(plan.parameters) != ["scale", "shift"]:
+        raise ValueError(f"plan must have the parameters shift and scale for an affine transform, got {plan.parameters}")
