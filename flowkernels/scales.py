@@ -92,7 +92,7 @@ class ScaleLaw:
         return f"ScaleLaw({inside})"
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(sigma, log sigma) in plain PyTorch: the truth for every backend. log sigma never comes from a rounded sigma."""
+        """(sigma, log sigma) in plain PyTorch: the truth for every backend; log sigma is worked out from u."""
         p = dict(self.parameters)
         if self.name == "softplus":
             v = u + p["offset"]
