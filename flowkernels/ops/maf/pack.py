@@ -17,11 +17,11 @@ def packed_weights(plan: Plan, parameters: Sequence[Tensor], *, backward: bool =
     """The weights in the order of the plan's forward or backward table; packed again whenever a parameter has changed."""
     if torch.compiler.is_compiling() or any(map(_is_wrapped, parameters)):
         return _pack(plan, parameters, backward)
-    key = [(p.data_ptr(), p._version) for p in parameters]
+    key = [(p.data_ptr(), p._version, p.stride()) for p in parameters]
     found = plan.packs.get(backward)
     if found is None or not found.is_of(key, parameters):
         packed = _pack(plan, parameters, backward)
-        if _is_wrapped(packed):
+        if torch._C._functorch.is_functorch_wrapped_tensor(packed):
             return packed
         found = plan.packs[backward] = _Pack(key, parameters, packed)
     return found.packed  # type: ignore[no-any-return]
@@ -54,5 +54,9 @@ class _Pack:
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether functorch or a tensor subclass stands between us and the memory: then nothing may be remembered."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether functorch, a tensor subclass or inference mode hides changes from us: then nothing may be remembered."""
+    return (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_inference()  # counts no versions
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
