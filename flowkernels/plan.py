@@ -19,6 +19,7 @@ ACTIVATIONS = ("identity", "relu", "tanh", "elu", "silu", "leaky_relu", "gelu", 
 # Rows of the widest layer in one block of a sweep. Inside a block features go one by one; what earlier blocks contribute
 # is one matrix product. Measured on D=784 H=1024 and D=63 H=512, see benchmarks/results.
 BLOCK_ROWS = 48
+MAX_LAYERS = 64  # csrc/common/net.h: kMaxLayers
 PANEL_ROWS = 16  # csrc/cpu/panels.h
 
 
@@ -57,6 +58,8 @@ class Plan:
     ) -> None:
         if len(masks) == 0:
             raise ValueError("masks must hold at least the output layer's mask, got none")
+        if len(masks) > MAX_LAYERS:
+            raise ValueError(f"masks must hold at most {MAX_LAYERS} layers, got {len(masks)}")
         for i, mask in enumerate(masks):
             if not isinstance(mask, Tensor):
                 raise TypeError(f"masks[{i}] must be a torch.Tensor, got {type(mask).__name__}")
@@ -190,10 +193,12 @@ class Plan:
         self.packed_sizes = (int(self.forward_table[4]), int(self.backward_table[4]))
         # Inputs, every layer's outputs, and the pre-activations that slopes need, each in whole chunks of rows:
         # `kept_of` in csrc/cpu/maf.h.
-        self.saved_rows = _round_up(features, PANEL_ROWS) + sum(
+        rows = _round_up(features, PANEL_ROWS) + sum(
             _round_up(len(layer.perm), PANEL_ROWS) * (2 if ACTIVATIONS[layer.activation] in ("silu", "gelu") else 1)
             for layer in layers
         )
+        # Indexed by direction: the sampling direction also keeps z.
+        self.saved_rows = (rows, rows + _round_up(features, PANEL_ROWS))
 
     def _table(self, layers: list[_Layer], input_perm: Tensor, input_time: Tensor) -> Tensor:
         """The plan as one int64 tensor, as csrc/common/net.h reads it."""

@@ -19,7 +19,7 @@ One table for every backend: `ScaleLaw.code` and `ScaleLaw.numbers` are what the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class ScaleLaw:
 
     name: str
     parameters: tuple[tuple[str, float], ...]
+    code: int = field(compare=False, repr=False)  # the law's number in csrc/common/scales.h
+    numbers: list[float] = field(compare=False, repr=False)  # what csrc/common/scales.h calls a, b, c
 
     def __init__(self, name: str, **parameters: float) -> None:
         if name not in _DEFAULTS:
@@ -76,7 +78,11 @@ class ScaleLaw:
             raise ValueError(f"law 'clip': lo must be < hi, got lo={values['lo']}, hi={values['hi']}")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "parameters", tuple(values.items()))
-        object.__setattr__(self, "_numbers", self._as_numbers())
+        object.__setattr__(self, "code", NAMES.index(name))
+        numbers = list(values.values()) + [0.0] * (3 - len(values))
+        if name == "softclip":
+            numbers[2] = 1.0 / abs(math.log(numbers[0]))
+        object.__setattr__(self, "numbers", numbers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.name, self.parameters)
@@ -84,23 +90,6 @@ class ScaleLaw:
     def __repr__(self) -> str:
         inside = ", ".join([repr(self.name)] + [f"{key}={value:g}" for key, value in self.parameters])
         return f"ScaleLaw({inside})"
-
-    @property
-    def code(self) -> int:
-        """The law's number in csrc/common/scales.h."""
-        return NAMES.index(self.name)
-
-    @property
-    def numbers(self) -> list[float]:
-        """The three numbers that csrc/common/scales.h calls a, b, c."""
-        numbers: list[float] = self.__dict__["_numbers"]
-        return numbers
-
-    def _as_numbers(self) -> list[float]:
-        values = [value for _, value in self.parameters]
-        if self.name == "softclip":
-            return [values[0], 0.0, 1.0 / abs(math.log(values[0]))]
-        return values + [0.0] * (3 - len(values))
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(sigma, log sigma) in plain PyTorch: the truth for every backend. log sigma never comes from a rounded sigma."""

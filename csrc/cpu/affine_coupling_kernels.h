@@ -1,8 +1,12 @@
 // Kernels of affine_coupling for one instruction set; included by foreach_isa.h, includes nothing.
 namespace fk::FK_ISA {
 
+// Adjacent numbers of the type that is calculated in go straight through; everything else (strides, half
+// precision, the end of a row) is left to a few functions of its own, which are compiled once and not into
+// every law.
+
 template <class S, class T>
-FK_INLINE void load_as(T (&to)[kChunk], const char* from, int64_t stride, int n) {
+void load_as(T* to, const char* from, int64_t stride, int n) {
   if (stride == static_cast<int64_t>(sizeof(S)) && n == kChunk) {
     const S* adjacent = reinterpret_cast<const S*>(from);
     for (int i = 0; i < kChunk; ++i) to[i] = to_compute(adjacent[i]);
@@ -13,7 +17,7 @@ FK_INLINE void load_as(T (&to)[kChunk], const char* from, int64_t stride, int n)
 }
 
 template <class S, class T>
-FK_INLINE void store_as(char* to, int64_t stride, const T (&from)[kChunk], int n) {
+void store_as(char* to, int64_t stride, const T* from, int n) {
   if (stride == static_cast<int64_t>(sizeof(S)) && n == kChunk) {
     S* adjacent = reinterpret_cast<S*>(to);
     for (int i = 0; i < kChunk; ++i) adjacent[i] = from_compute<S>(from[i]);
@@ -22,44 +26,74 @@ FK_INLINE void store_as(char* to, int64_t stride, const T (&from)[kChunk], int n
   }
 }
 
-template <class T, class F>
-FK_INLINE void with_storage(Storage storage, F&& f) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (storage == Storage::bfloat16) return f.template operator()<bfloat16>();
-    if (storage == Storage::float16) return f.template operator()<float16>();
-  }
-  f.template operator()<T>();
+template <class S, class T>
+void gather_as(T* to, const char* row, int64_t stride, const int32_t* lane) {
+  for (int i = 0; i < kChunk; ++i)
+    to[i] = lane[i] < 0 ? T(0) : to_compute(*reinterpret_cast<const S*>(row + lane[i] * stride));
+}
+
+template <class S, class T>
+void scatter_as(char* row, int64_t stride, const int32_t* lane, const T* from) {
+  for (int i = 0; i < kChunk; ++i)
+    if (lane[i] >= 0) *reinterpret_cast<S*>(row + lane[i] * stride) = from_compute<S>(from[i]);
+}
+
+// f<S>(args...) with the type S that the numbers are stored in. No lambda: one inside a template is compiled
+// for the instruction set that is in force where the template is instantiated, which is the wrong one.
+#define FK_WITH_STORAGE(storage, f, ...)                               \
+  if constexpr (std::is_same_v<T, float>) {                            \
+    if (storage == Storage::bfloat16) return f<bfloat16>(__VA_ARGS__); \
+    if (storage == Storage::float16) return f<float16>(__VA_ARGS__);   \
+  }                                                                    \
+  return f<T>(__VA_ARGS__)
+
+template <class T>
+__attribute__((noinline)) void load_any(T* to, const Rows& rows, int64_t r, int64_t c, int n) {
+  FK_WITH_STORAGE(rows.storage, load_as, to, rows.at(r, c), rows.column, n);
+}
+
+template <class T>
+__attribute__((noinline)) void store_any(const Rows& rows, int64_t r, int64_t c, const T* from, int n) {
+  FK_WITH_STORAGE(rows.storage, store_as, rows.at(r, c), rows.column, from, n);
+}
+
+template <class T>
+__attribute__((noinline)) void gather_chunk(T* to, const Rows& rows, int64_t r, const int32_t* lane) {
+  FK_WITH_STORAGE(rows.storage, gather_as, to, rows.at(r, 0), rows.column, lane);
+}
+
+template <class T>
+__attribute__((noinline)) void scatter_chunk(const Rows& rows, int64_t r, const int32_t* lane,
+                                             const T* from) {
+  FK_WITH_STORAGE(rows.storage, scatter_as, rows.at(r, 0), rows.column, lane, from);
+}
+
+#undef FK_WITH_STORAGE
+
+template <class T>
+FK_INLINE bool straight(const Rows& rows, int n) {
+  return rows.column == static_cast<int64_t>(sizeof(T)) && rows.storage == Storage::same && n == kChunk;
 }
 
 template <class T>
 FK_INLINE void load_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, int64_t c, int n) {
-  with_storage<T>(rows.storage, [&]<class S>() { load_as<S>(to, rows.at(r, c), rows.column, n); });
+  if (straight<T>(rows, n))
+    std::memcpy(to, rows.at(r, c), sizeof(to));
+  else
+    load_any(to, rows, r, c, n);
 }
 
 template <class T>
 FK_INLINE void store_chunk(const Rows& rows, int64_t r, int64_t c, const T (&from)[kChunk], int n) {
-  with_storage<T>(rows.storage, [&]<class S>() { store_as<S>(rows.at(r, c), rows.column, from, n); });
-}
-
-template <class T>
-FK_INLINE void gather_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, const int32_t* lane) {
-  with_storage<T>(rows.storage, [&]<class S>() {
-    for (int i = 0; i < kChunk; ++i)
-      to[i] = lane[i] < 0 ? T(0) : to_compute(*reinterpret_cast<const S*>(rows.at(r, lane[i])));
-  });
-}
-
-template <class T>
-FK_INLINE void scatter_chunk(const Rows& rows, int64_t r, const int32_t* lane, const T (&from)[kChunk]) {
-  with_storage<T>(rows.storage, [&]<class S>() {
-    for (int i = 0; i < kChunk; ++i)
-      if (lane[i] >= 0) *reinterpret_cast<S*>(rows.at(r, lane[i])) = from_compute<S>(from[i]);
-  });
+  if (straight<T>(rows, n))
+    std::memcpy(rows.at(r, c), from, sizeof(from));
+  else
+    store_any(rows, r, c, from, n);
 }
 
 template <class T>
 FK_INLINE void keep_transformed(T (&values)[kChunk], const int32_t* lane, const T (&otherwise)[kChunk]) {
-  for (int i = 0; i < kChunk; ++i) values[i] = lane[i] < 0 ? otherwise[i] : values[i];
+  _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) values[i] = lane[i] < 0 ? otherwise[i] : values[i];
 }
 
 // Sums lanes in two levels, so that the rounding errors of a long row do not pile up in one number.
@@ -113,7 +147,7 @@ void affine_rows(const AffineArguments& a, const LawParameters<T>& law, int64_t 
         load_chunk(shift, a.shift, r, p, n);
         load_chunk(u, a.scale, r, p, n);
       }
-      for (int i = 0; i < kChunk; ++i) {
+      _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) {
         const Transformed<T> out = affine<L, F, Inverse>(x[i], shift[i], u[i], law);
         y[i] = out.y;
         log_sigma[i] = i < n ? out.logdet : T(0);
@@ -155,7 +189,7 @@ void affine_backward_rows(const AffineArguments& a, const LawParameters<T>& law,
         load_chunk(shift, a.shift, r, p, n);
         load_chunk(u, a.scale, r, p, n);
       }
-      for (int i = 0; i < kChunk; ++i) {
+      _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) {
         const AffineGradient<T> g =
             affine_backward<L, F, Inverse>(gy[i], grad_logdet[r], x[i], shift[i], u[i], law);
         gx[i] = g.x;

@@ -18,9 +18,13 @@ void parallel_tiles(int64_t samples, const Net& net, F&& f) {
   torch::stable::parallel_for(0, (samples + kLanes - 1) / kLanes, tile_grain(net), f);
 }
 
+// Numbers that describe one transform: law, form, whether it is inverted, and how many rows it keeps (0: none).
+inline constexpr int kCodes = 4, kNumbers = 3;
+
 template <class T>
-void bind_transform(MafCall<T>& call, int64_t law, const std::vector<double>& numbers, int64_t form, bool inverse) {
-  FK_BEST(bind_affine<T>)(call.transform, static_cast<Law>(law), static_cast<Form>(form), inverse);
+void bind_transform(MafCall<T>& call, const int64_t* codes, const double* numbers) {
+  call.inverse = codes[2];
+  FK_BEST(bind_affine<T>)(call.transform, static_cast<Law>(codes[0]), static_cast<Form>(codes[1]), call.inverse);
   call.transform.law = law_parameters_of<T>(numbers);
 }
 
@@ -54,42 +58,67 @@ Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>
   return packed;
 }
 
-// (output, logdet, saved) of either direction; saved holds `saved_rows` rows: all of the plan's, or none.
-template <bool Inverse>
-std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>& context, const Tensor& packed,
-                                       const Tensor& table, int64_t law, const std::vector<double>& law_parameters,
-                                       int64_t form, int64_t saved_rows) {
-  const Net net = read_net(table_data(table));
-  const int64_t samples = input.size(0);
-  const Tensor in = torch::stable::contiguous(input);
-  std::optional<Tensor> ctx;
-  if (context) ctx = torch::stable::contiguous(*context);
-  Tensor out = new_empty(in, {samples, net.features}), logdet = new_empty(in, {samples});
-  const Kept kept = kept_of(net, samples);
-  STD_TORCH_CHECK(saved_rows == 0 || saved_rows == kept.rows, "saved_rows must be 0 or ", kept.rows, ", got ",
-                  saved_rows);
-  Tensor saved = new_empty(in, {saved_rows, kept.stride});
+// A chain of transforms, every tile through all of them: (y, logdet, saved). What the transforms keep lies one after the other
+// in `saved`.
+std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor>& contexts,
+                                       const std::vector<Tensor>& packed, const std::vector<Tensor>& tables,
+                                       const std::vector<int64_t>& codes, const std::vector<double>& numbers) {
+  const int64_t samples = x.size(0), count = static_cast<int64_t>(tables.size());
+  const Tensor in = torch::stable::contiguous(x);
+  std::vector<Net> nets;
+  std::vector<Kept> kepts;
+  std::vector<Tensor> terms;
+  int64_t rows = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    nets.push_back(read_net(table_data(tables[t])));
+    kepts.push_back(kept_of(nets[t], samples, codes[t * kCodes + 2]));
+    const int64_t wanted = codes[t * kCodes + 3];
+    STD_TORCH_CHECK(wanted == 0 || wanted == kepts[t].rows, "saved rows must be 0 or ", kepts[t].rows, ", got ", wanted);
+    rows += wanted;
+    STD_TORCH_CHECK(packed[t].scalar_type() == in.scalar_type() && packed[t].numel() == nets[t].packed_size,
+                    "packed weights do not fit the input and the plan of transform ", t);
+    STD_TORCH_CHECK(nets[t].features == in.size(1), "transform ", t, " has ", nets[t].features, " features, x has ",
+                    in.size(1));
+    if (contexts.empty()) {
+      STD_TORCH_CHECK(nets[t].context_width == 0, "transform ", t, " needs a context");
+      continue;
+    }
+    terms.push_back(torch::stable::contiguous(contexts[t]));
+    STD_TORCH_CHECK(terms[t].scalar_type() == in.scalar_type() && terms[t].size(0) == samples &&
+                        terms[t].size(1) == nets[t].context_width,
+                    "the context of transform ", t, " does not fit the input and the plan");
+  }
+  Tensor y = new_empty(in, {samples, nets[0].features}), logdet = new_empty(in, {samples});
+  Tensor saved = new_empty(in, {rows, kepts[0].stride});
   dispatch_float(in, [&]<class T>() {
-    MafCall<T> call;
-    call.net = &net;
-    call.packed = static_cast<const T*>(packed.const_data_ptr());
-    call.samples = samples;
-    bind_transform(call, law, law_parameters, form, Inverse);
-    call.input = static_cast<const T*>(in.const_data_ptr());
-    call.output = static_cast<T*>(out.mutable_data_ptr());
-    call.logdet = static_cast<T*>(logdet.mutable_data_ptr());
-    call.context = data_or_null<T>(ctx);
-    call.context_stride = net.context_width;
-    call.kept = kept;
-    call.saved = saved_rows ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr;
-    parallel_tiles(samples, net, [&](int64_t begin, int64_t end) {
-      if constexpr (Inverse)
-        FK_BEST(maf_inverse<T>)(call, begin, end);
-      else
-        FK_BEST(maf_forward<T>)(call, begin, end);
+    std::vector<MafCall<T>> calls(count);
+    T* keep = rows ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr;
+    for (int64_t t = 0; t < count; ++t) {
+      MafCall<T>& call = calls[t];
+      call.net = &nets[t];
+      call.packed = static_cast<const T*>(packed[t].const_data_ptr());
+      call.samples = samples;
+      bind_transform(call, &codes[t * kCodes], &numbers[t * kNumbers]);
+      call.output = static_cast<T*>(y.mutable_data_ptr());
+      call.input = t ? call.output : static_cast<const T*>(in.const_data_ptr());
+      call.logdet = static_cast<T*>(logdet.mutable_data_ptr());
+      call.first = t == 0;
+      if (!contexts.empty() && nets[t].context_width) call.context = static_cast<const T*>(terms[t].const_data_ptr());
+      call.kept = kepts[t];
+      if (codes[t * kCodes + 3]) {
+        call.saved = keep;
+        keep += kepts[t].rows * kepts[t].stride;
+      }
+    }
+    parallel_tiles(samples, nets[0], [&](int64_t begin, int64_t end) {
+      for (const MafCall<T>& call : calls)
+        if (call.inverse)
+          FK_BEST(maf_inverse<T>)(call, begin, end);
+        else
+          FK_BEST(maf_forward<T>)(call, begin, end);
     });
   });
-  return {out, logdet, saved};
+  return {y, logdet, saved};
 }
 
 // Gradients of every weight and bias, one after the other in one buffer, in the user's order; masked weights get zero.
@@ -148,59 +177,68 @@ void context_gradient(const MafCall<T>& call, T* out) {
   }
 }
 
-// (grad_input, grad_context, grad_parameters): grad_context is empty without context, grad_parameters one flat buffer.
-template <bool Inverse>
-std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const Tensor& grad_logdet,
-                                                const Tensor& input, const Tensor& saved, const Tensor& packed_back,
-                                                const std::vector<Tensor>& masks, const Tensor& table,
-                                                const Tensor& table_back, int64_t law,
-                                                const std::vector<double>& law_parameters, int64_t form,
-                                                int64_t context_width, bool want_parameters) {
-  const Net net = read_net(table_data(table)), back = read_net(table_data(table_back));
-  const int64_t samples = input.size(0);
-  const Tensor in = torch::stable::contiguous(input), grad_out = torch::stable::contiguous(grad_output),
-               grad_rows = torch::stable::contiguous(grad_logdet);
-  int64_t count = 0;
-  for (const Tensor& mask : masks) count += mask.numel() + mask.size(0);
-  Tensor grad_in = new_empty(in, {samples, net.features});
-  Tensor grad_context = torch::stable::new_zeros(in, std::vector<int64_t>{samples, context_width});
-  Tensor grad_parameters = torch::stable::new_zeros(in, std::vector<int64_t>{want_parameters ? count : 0});
-  const Kept kept_back = kept_of(back, samples);
-  Tensor grads = new_empty(in, {kept_back.rows * kept_back.stride});
-  dispatch_float(in, [&]<class T>() {
-    MafCall<T> call;
-    call.net = &net;
-    call.back = &back;
-    call.packed_back = static_cast<const T*>(packed_back.const_data_ptr());
-    call.samples = samples;
-    bind_transform(call, law, law_parameters, form, Inverse);
-    call.input = static_cast<const T*>(in.const_data_ptr());
-    call.grad_output = static_cast<const T*>(grad_out.const_data_ptr());
-    call.grad_logdet = static_cast<const T*>(grad_rows.const_data_ptr());
-    call.grad_input = static_cast<T*>(grad_in.mutable_data_ptr());
-    call.kept = kept_of(net, samples);
-    call.saved_in = static_cast<const T*>(saved.const_data_ptr());
-    call.kept_back = kept_back;
-    call.grads = static_cast<T*>(grads.mutable_data_ptr());
-    parallel_tiles(samples, back, [&](int64_t begin, int64_t end) {
-      if constexpr (Inverse)
-        FK_BEST(maf_inverse_backward<T>)(call, begin, end);
-      else
-        FK_BEST(maf_forward_backward<T>)(call, begin, end);
-    });
-    if (context_width) context_gradient(call, static_cast<T*>(grad_context.mutable_data_ptr()));
-    if (want_parameters && samples)
-      parameter_gradients<T>(call, masks, static_cast<T*>(grad_parameters.mutable_data_ptr()));
+// (grad_x, grad_contexts, grad_parameters) of a chain: contexts side by side, parameters one flat buffer, both in the order of
+// the transforms.
+std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& saved,
+                                                const std::vector<Tensor>& packed_back, const std::vector<Tensor>& masks,
+                                                const std::vector<Tensor>& tables,
+                                                const std::vector<Tensor>& tables_back,
+                                                const std::vector<int64_t>& codes, const std::vector<double>& numbers,
+                                                const std::vector<int64_t>& context_widths, bool want_parameters) {
+  const int64_t samples = grad_y.size(0), count = static_cast<int64_t>(tables.size());
+  const Tensor grad_out = torch::stable::contiguous(grad_y), grad_rows = torch::stable::contiguous(grad_logdet);
+  std::vector<Net> nets, backs;
+  int64_t parameters = 0, contexts = 0, most_rows = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    nets.push_back(read_net(table_data(tables[t])));
+    backs.push_back(read_net(table_data(tables_back[t])));
+    most_rows = std::max(most_rows, kept_of(backs[t], samples, false).rows);
+    contexts += context_widths[t] * samples;
+  }
+  for (const Tensor& mask : masks) parameters += mask.numel() + mask.size(0);
+  Tensor grad_x = new_empty(grad_out, {samples, nets[0].features});
+  Tensor grad_contexts = torch::stable::new_zeros(grad_out, std::vector<int64_t>{contexts});
+  Tensor grad_parameters = torch::stable::new_zeros(grad_out, std::vector<int64_t>{want_parameters ? parameters : 0});
+  Tensor grads = new_empty(grad_out, {most_rows, whole_chunks(samples)});
+  dispatch_float(grad_out, [&]<class T>() {
+    const T* kept = static_cast<const T*>(saved.const_data_ptr()) + saved.numel();
+    T* context_end = static_cast<T*>(grad_contexts.mutable_data_ptr()) + contexts;
+    T* parameter_end = static_cast<T*>(grad_parameters.mutable_data_ptr()) + parameters;
+    size_t mask_end = masks.size();
+    for (int64_t t = count - 1; t >= 0; --t) {
+      MafCall<T> call;
+      call.net = &nets[t];
+      call.back = &backs[t];
+      call.packed_back = static_cast<const T*>(packed_back[t].const_data_ptr());
+      call.samples = samples;
+      bind_transform(call, &codes[t * kCodes], &numbers[t * kNumbers]);
+      call.output = static_cast<T*>(grad_x.mutable_data_ptr());
+      call.input = t == count - 1 ? static_cast<const T*>(grad_out.const_data_ptr()) : call.output;
+      call.grad_logdet = static_cast<const T*>(grad_rows.const_data_ptr());
+      call.kept = kept_of(nets[t], samples, call.inverse);
+      call.saved_in = kept -= call.kept.rows * call.kept.stride;
+      call.kept_back = kept_of(backs[t], samples, false);
+      call.grads = static_cast<T*>(grads.mutable_data_ptr());
+      parallel_tiles(samples, backs[t], [&](int64_t begin, int64_t end) {
+        if (call.inverse)
+          FK_BEST(maf_inverse_backward<T>)(call, begin, end);
+        else
+          FK_BEST(maf_forward_backward<T>)(call, begin, end);
+      });
+      if (context_widths[t]) context_gradient(call, context_end -= context_widths[t] * samples);
+      const std::vector<Tensor> own(masks.begin() + (mask_end - nets[t].layers), masks.begin() + mask_end);
+      mask_end -= nets[t].layers;
+      for (const Tensor& mask : own) parameter_end -= mask.numel() + mask.size(0);
+      if (want_parameters && samples) parameter_gradients<T>(call, own, parameter_end);
+    }
   });
-  return {grad_in, grad_context, grad_parameters};
+  return {grad_x, grad_contexts, grad_parameters};
 }
 
 }  // namespace fk
 
 STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
   m.impl("maf_pack", TORCH_BOX(&fk::maf_pack));
-  m.impl("maf_forward", TORCH_BOX(&fk::maf<false>));
-  m.impl("maf_inverse", TORCH_BOX(&fk::maf<true>));
-  m.impl("maf_forward_backward", TORCH_BOX(&fk::maf_backward<false>));
-  m.impl("maf_inverse_backward", TORCH_BOX(&fk::maf_backward<true>));
+  m.impl("maf", TORCH_BOX(&fk::maf));
+  m.impl("maf_backward", TORCH_BOX(&fk::maf_backward));
 }

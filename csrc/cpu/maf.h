@@ -25,13 +25,14 @@ struct Transform {
 struct Kept {
   int64_t output[kMaxLayers];  // first row of the layer's output
   int64_t slope[kMaxLayers];   // first row of what the slope is computed from
+  int64_t noise = 0;           // first row of z, when the sweep goes from z to x
   int64_t rows = 0;
   int64_t stride = 0;  // samples
 };
 
 inline int64_t whole_chunks(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
 
-inline Kept kept_of(const Net& net, int64_t samples) {
+inline Kept kept_of(const Net& net, int64_t samples, bool inverse) {
   Kept kept{};
   kept.rows = whole_chunks(net.inputs);
   for (int64_t l = 0; l < net.layers; ++l) {
@@ -42,38 +43,40 @@ inline Kept kept_of(const Net& net, int64_t samples) {
       kept.rows += whole_chunks(net.layer[l].rows);
     }
   }
+  if (inverse) {
+    kept.noise = kept.rows;
+    kept.rows += whole_chunks(net.features);
+  }
   kept.stride = whole_chunks(samples);
   return kept;
 }
 
-// One call of an autoregressive operator, forwards or backwards.
+// One transform, forwards or backwards, on a batch.
 template <class T>
 struct MafCall {
-  const Net* net = nullptr;       // features -> parameters
-  const Net* back = nullptr;      // gradients of parameters -> gradients of features
-  const T* packed = nullptr;      // weights for net
-  const T* packed_back = nullptr; // weights for back
+  const Net* net = nullptr;        // features -> parameters
+  const Net* back = nullptr;       // gradients of parameters -> gradients of features
+  const T* packed = nullptr;       // weights for net
+  const T* packed_back = nullptr;  // weights for back
   int64_t samples = 0;
+  bool inverse = false;
   Transform<T> transform;
 
-  // All (samples, features), contiguous.
+  // (samples, features), contiguous; input and output may be the same memory.
   const T* input = nullptr;
   T* output = nullptr;
-  const T* grad_output = nullptr;
-  T* grad_input = nullptr;
-  // (samples,)
+  // (samples,); the log-det is added to what is there unless `first`.
   T* logdet = nullptr;
+  bool first = true;
   const T* grad_logdet = nullptr;
-  // (samples, context_width), row stride
+  // (samples, context_width), contiguous, or null
   const T* context = nullptr;
-  int64_t context_stride = 0;
-  T* grad_context = nullptr;
 
-  Kept kept;                   // of net
-  T* saved = nullptr;          // rows x stride, null when no gradient is wanted
-  const T* saved_in = nullptr; // the same in the backward pass
-  Kept kept_back;              // of back
-  T* grads = nullptr;          // rows x stride: gradients of parameters and pre-activations
+  Kept kept;                    // of net
+  T* saved = nullptr;           // kept.rows x stride, null when no gradient is wanted
+  const T* saved_in = nullptr;  // the same in the backward pass
+  Kept kept_back;               // of back
+  T* grads = nullptr;           // rows x stride: gradients of parameters and pre-activations
 };
 
 }  // namespace fk

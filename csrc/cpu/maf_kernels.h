@@ -113,7 +113,7 @@ struct ForwardStage {
       for (int i = 0; i < kLanes; ++i) row[i] = bias[r];
       if (layer.context_column >= 0 && call.context) {
         const T* context = call.context + layer.context_column + layer.perm[r];
-        for (int64_t i = 0; i < tile.count; ++i) row[i] += context[(tile.first + i) * call.context_stride];
+        for (int64_t i = 0; i < tile.count; ++i) row[i] += context[(tile.first + i) * tile.net.context_width];
       }
     }
   }
@@ -156,6 +156,7 @@ struct BackwardStage {
   }
 
   const T* held_input(int64_t feature) const { return held + feature * kLanes; }
+  const T* held_noise(int64_t feature) const { return held + (call.kept.noise + feature) * kLanes; }
   const T* held_parameters(int64_t feature) const {
     return held + (call.kept.output[call.net->layers - 1] + feature * call.net->parameters) * kLanes;
   }
@@ -241,7 +242,7 @@ void run_sweep(Tile<T>& tile, const Stage& stage, const Step& step) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The operators, tiles [begin, end).
+// The operators, tiles [begin, end). In the backward passes `input` is the gradient that comes in, `output` the one that goes out.
 
 template <class T>
 void for_each_tile(const MafCall<T>& call, int64_t begin, int64_t end, Tile<T>& tile, auto&& body) {
@@ -264,6 +265,7 @@ void maf_forward(const MafCall<T>& call, int64_t begin, int64_t end) {
     run_dense(tile, stage);
     const T* theta = tile.output[net.layers - 1];
     alignas(64) T logdet[kLanes] = {}, y[kLanes];
+    if (!call.first) load_lanes(tile, logdet, call.logdet, 1);
     for (int64_t f = 0; f < features; ++f) {
       call.transform.forward(tile.inputs + f * kLanes, theta + f * net.parameters * kLanes, y, logdet,
                              call.transform.law);
@@ -277,15 +279,18 @@ void maf_forward(const MafCall<T>& call, int64_t begin, int64_t end) {
 template <class T>
 void maf_inverse(const MafCall<T>& call, int64_t begin, int64_t end) {
   const Net& net = *call.net;
-  Tile<T> tile(net, call.packed, scratch().template get<T>(Tile<T>::scratch_size(net)));
+  const int64_t features = net.features, per = net.parameters, size = Tile<T>::scratch_size(net);
+  T* memory = scratch().template get<T>(size + features * kLanes);
+  Tile<T> tile(net, call.packed, memory);
+  T* noise = memory + size;
   const ForwardStage<T> stage{call};
-  const int64_t features = net.features, per = net.parameters;
   for_each_tile(call, begin, end, tile, [&] {
     const T* theta = tile.output[net.layers - 1];
-    alignas(64) T logdet[kLanes] = {}, z[kLanes];
+    alignas(64) T logdet[kLanes] = {};
+    if (!call.first) load_lanes(tile, logdet, call.logdet, 1);
     run_sweep(tile, stage, [&](int64_t r0, int64_t r1) {
       for (int64_t f = r0 / per; f < r1 / per; ++f) {
-        T* x = tile.inputs + f * kLanes;
+        T *x = tile.inputs + f * kLanes, *z = noise + f * kLanes;
         load_lanes(tile, z, call.input + net.input_perm[f], features);
         call.transform.forward(z, theta + f * per * kLanes, x, logdet, call.transform.law);
         store_lanes(tile, call.output + net.input_perm[f], features, x);
@@ -293,6 +298,8 @@ void maf_inverse(const MafCall<T>& call, int64_t begin, int64_t end) {
     });
     store_lanes(tile, call.logdet, 1, logdet);
     stage.keep(tile);
+    if (call.saved)
+      keep_rows(noise, features, tile.count, call.saved + call.kept.noise * call.kept.stride, call.kept.stride, tile.first);
   });
 }
 
@@ -330,7 +337,7 @@ void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
     stage.load(tile);
     load_lanes(tile, grad_logdet, call.grad_logdet, 1);
     for (int64_t f = 0; f < features; ++f) {
-      load_lanes(tile, grad_y, call.grad_output + net.input_perm[f], features);
+      load_lanes(tile, grad_y, call.input + net.input_perm[f], features);
       call.transform.backward(grad_y, grad_logdet, stage.held_input(f), stage.held_parameters(f),
                               memory.direct + f * kLanes, memory.grads, call.transform.law);
       store_reversed(tile.inputs + (features - 1 - f) * per * kLanes, per, memory.grads);
@@ -340,7 +347,7 @@ void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
     for (int64_t f = 0; f < features; ++f) {
       T* row = memory.direct + f * kLanes;
       for (int i = 0; i < kLanes; ++i) row[i] += through[(features - 1 - f) * kLanes + i];
-      store_lanes(tile, call.grad_input + net.input_perm[f], features, row);
+      store_lanes(tile, call.output + net.input_perm[f], features, row);
     }
     stage.keep(tile);
   });
@@ -354,21 +361,20 @@ void maf_inverse_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
   const BackwardScratch<T> memory(call);
   Tile<T> tile(*call.back, call.packed_back, memory.tile);
   const BackwardStage<T> stage{call, memory.held};
-  alignas(64) T grad_logdet[kLanes], grad_x[kLanes], grad_z[kLanes], z[kLanes];
+  alignas(64) T grad_logdet[kLanes], grad_x[kLanes], grad_z[kLanes];
   for_each_tile(call, begin, end, tile, [&] {
     stage.load(tile);
     load_lanes(tile, grad_logdet, call.grad_logdet, 1);
     run_sweep(tile, stage, [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t f = features - 1 - r;
-        load_lanes(tile, grad_x, call.grad_output + net.input_perm[f], features);
-        load_lanes(tile, z, call.input + net.input_perm[f], features);
+        load_lanes(tile, grad_x, call.input + net.input_perm[f], features);
         const T* through = tile.output[tile.net.layers - 1] + r * kLanes;
         for (int i = 0; i < kLanes; ++i) grad_x[i] += through[i];
-        call.transform.backward(grad_x, grad_logdet, z, stage.held_parameters(f), grad_z, memory.grads,
+        call.transform.backward(grad_x, grad_logdet, stage.held_noise(f), stage.held_parameters(f), grad_z, memory.grads,
                                 call.transform.law);
         store_reversed(tile.inputs + r * per * kLanes, per, memory.grads);
-        store_lanes(tile, call.grad_input + net.input_perm[f], features, grad_z);
+        store_lanes(tile, call.output + net.input_perm[f], features, grad_z);
       }
     });
     stage.keep(tile);

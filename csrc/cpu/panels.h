@@ -69,16 +69,14 @@ void pack_panels(const Layer& layer, const int64_t* column_perm, int64_t begin, 
   for (int64_t i = begin; i < end; ++i) {
     const Panel& p = layer.panel[i];
     T* to = packed + p.offset;
-    for (int64_t r = 0; r < p.height; ++r) {
-      if (r >= p.rows) {
-        for (int64_t k = 0; k < p.depth; ++k) to[k * p.height + r] = T(0);
-        continue;
-      }
-      const int64_t row = layer.perm[p.row + r] * row_stride;
-      for (int64_t k = 0; k < p.depth; ++k) {
-        const int64_t at = row + column_perm[k] * column_stride;
-        to[k * p.height + r] = exists(p.row + r, k, at) ? weight[at] : T(0);
-      }
+    int64_t row[kPanelRows];
+    for (int64_t r = 0; r < p.rows; ++r) row[r] = layer.perm[p.row + r] * row_stride;
+    // Columns outside: what is written is contiguous, and a transposed weight is read row by row.
+    for (int64_t k = 0; k < p.depth; ++k, to += p.height) {
+      const int64_t column = column_perm[k] * column_stride;
+      for (int64_t r = 0; r < p.rows; ++r)
+        to[r] = exists(p.row + r, k, row[r] + column) ? weight[row[r] + column] : T(0);
+      for (int64_t r = p.rows; r < p.height; ++r) to[r] = T(0);
     }
   }
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowkernels.models.flow import Flow
 from flowkernels.nn.autoregressive import AutoregressiveTransform
+from flowkernels.ops.maf import run_chain
 from flowkernels.scales import ScaleLaw
 
 Order = str | Sequence[int] | Tensor
@@ -29,7 +30,17 @@ def _check_transforms(transforms: int) -> None:
         raise ValueError(f"transforms must be an integer >= 1, got {transforms!r}")
 
 
-class MAF(Flow):
+class AutoregressiveFlow(Flow):
+    """A flow whose layers are all autoregressive transforms: they run as one chain, in one call of an operator."""
+
+    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        layers = list(self.layers._modules.values())
+        if inverse:
+            layers.reverse()
+        return run_chain(x, [layer.step(context, inverse) for layer in layers])  # type: ignore[union-attr,operator]
+
+
+class MAF(AutoregressiveFlow):
     """Masked autoregressive flow: each transform is ``z_i = sigma(x_<i) x_i + shift(x_<i)``.
 
     Densities take one pass per transform; sampling is sequential, and exact, in one sweep (`flowkernels.ops.maf_inverse`).
@@ -104,7 +115,7 @@ class MADE(MAF):
         )
 
 
-class IAF(Flow):
+class IAF(AutoregressiveFlow):
     """Inverse autoregressive flow: sampling is one pass per transform, the density of foreign points is sequential.
 
     Args:

@@ -25,26 +25,25 @@ class Flow(nn.Module):
 
     def transform(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Density direction: x (N, D) [, context (N, K)] -> z (N, D), logdet (N,)."""
-        self._check_input("x", x)
-        total: Tensor | None = None
-        for layer in self.layers:
-            x, logdet = layer(x, context)
-            total = logdet if total is None else total + logdet
-        return x, x.new_zeros(x.shape[0]) if total is None else total
+        self._check_input("x", x, context)
+        return self._run(x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sampling direction: z (N, D) [, context (N, K)] -> x (N, D), logdet (N,), the negative of `transform`'s."""
-        self._check_input("z", z)
-        total: Tensor | None = None
-        for layer in reversed(self.layers):
-            z, logdet = layer.inverse(z, context)  # type: ignore[operator]
-            total = logdet if total is None else total + logdet
-        return z, z.new_zeros(z.shape[0]) if total is None else total
+        self._check_input("z", z, context)
+        return self._run(z, context, inverse=True)
+
+    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[0])
+        for layer in reversed(self.layers) if inverse else self.layers:
+            x, logdet = layer.inverse(x, context) if inverse else layer(x, context)  # type: ignore[operator]
+            total = total + logdet
+        return x, total
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D) [, context (N, K)] -> (N,) log-densities in nats."""
         z, logdet = self.transform(x, context)
-        return _log_normal(z) + logdet
+        return logdet + _log_normal(z)
 
     @torch.no_grad()
     def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
@@ -92,11 +91,20 @@ class Flow(nn.Module):
         )
         return noise, rows, shape
 
-    def _check_input(self, name: str, value: Any) -> None:
+    def _check_input(self, name: str, value: Any, context: Any) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if value.dim() != 2 or value.shape[1] != self.features:
             raise ValueError(f"{name} must have shape (N, {self.features}), got {tuple(value.shape)}")
+        if context is not None or self.context_features:
+            self._check_context(context)
+            if context.shape[0] != value.shape[0]:
+                raise ValueError(f"context must have one row for each of {value.shape[0]} rows of {name}, got {context.shape[0]}")
+        like = next(iter(self.parameters()), value)
+        if value.dtype != like.dtype:
+            raise TypeError(f"{name} has dtype {value.dtype}, but the flow's parameters have {like.dtype}: use one dtype")
+        if value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}, but the flow is on {like.device}: use one device")
 
     def _check_context(self, context: Any) -> None:
         if context is None:
@@ -110,4 +118,4 @@ class Flow(nn.Module):
 
 
 def _log_normal(z: Tensor) -> Tensor:
-    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+    return torch.linalg.vecdot(z, z).mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowkernels.nn.made import MADE
-from flowkernels.ops.maf import maf_forward, maf_inverse
+from flowkernels.ops.maf import Step, run_chain
 from flowkernels.scales import ScaleLaw, as_law
 
 
@@ -35,23 +35,17 @@ class AutoregressiveTransform(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z, logdet): the density direction."""
-        return self._run(x, context, self.flipped)
+        return run_chain(x, [self.step(context, inverse=False)])
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x, logdet): the sampling direction."""
-        return self._run(z, context, not self.flipped)
+        return run_chain(z, [self.step(context, inverse=True)])
 
-    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    def step(self, context: Tensor | None, inverse: bool) -> Step:
+        """This transform as one step of a chain, so that a flow of several runs in one call."""
         made = self.conditioner
-        run = maf_inverse if inverse else maf_forward
-        return run(
-            x,
-            made.plan,
-            made.plan_parameters(),
-            context=made.context_terms(context),
-            law=self.law,
-            form=self.form,
-        )
+        terms = made.context_terms(context)
+        return Step(made.plan, made.plan_parameters(), terms, self.law, self.form, inverse != self.flipped)
 
     def extra_repr(self) -> str:
         return f"law={self.law}, form={self.form!r}, flipped={self.flipped}"

@@ -132,7 +132,12 @@ class MADE(nn.Module):
 
     def plan_parameters(self) -> list[Tensor]:
         """weight_0, bias_0, weight_1, ...: what the operators of `plan` take."""
-        return [p for layer in self._masked_layers() for p in (layer.weight, layer.bias)]
+        # Straight from the dictionaries: attribute access of a Module costs more than a small network's arithmetic.
+        found = []
+        for layer in self.layers._modules.values():
+            held = layer._parameters  # type: ignore[union-attr]
+            found += (held["weight"], held["bias"])
+        return found  # type: ignore[return-value]
 
     def context_terms(self, context: Tensor | None) -> Tensor | None:
         """(N, plan.context_width) what the context adds to the pre-activations, or None without context."""

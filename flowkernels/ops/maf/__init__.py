@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowkernels._backend import runs_reference
 from flowkernels._checks import COMPUTE_DTYPE, check_choice, check_float_tensor, check_shape
-from flowkernels._library import needs_grad
 from flowkernels.ops.maf import reference
-from flowkernels.ops.maf.autograd import FORWARD, INVERSE, Maf
+from flowkernels.ops.maf.autograd import Maf, maf_op
 from flowkernels.ops.maf.pack import packed_weights
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, ScaleLaw, as_law
 
-__all__ = ["maf_forward", "maf_inverse"]
+__all__ = ["Step", "maf_forward", "maf_inverse", "run_chain"]
 
 
 def maf_forward(
@@ -50,7 +49,9 @@ def maf_forward(
 
     Source: Papamakarios et al. 2017, arXiv:1705.07057; masks: Germain et al. 2015, arXiv:1502.03509.
     """
-    return _maf("x", x, plan, parameters, context, law, form, inverse=False)
+    law = as_law(law)
+    _check("x", x, plan, parameters, context, law, form)
+    return run_chain(x, [Step(plan, parameters, context, law, form, False)])
 
 
 def maf_inverse(
@@ -70,40 +71,77 @@ def maf_inverse(
 
     Arguments, returns and errors are those of `maf_forward`, with z (N, D) in place of x.
     """
-    return _maf("z", z, plan, parameters, context, law, form, inverse=True)
-
-
-def _maf(
-    name: str,
-    x: Tensor,
-    plan: Plan,
-    parameters: Sequence[Tensor],
-    context: Tensor | None,
-    law: str | ScaleLaw,
-    form: str,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
     law = as_law(law)
-    _check(name, x, plan, parameters, context, law, form)
+    _check("z", z, plan, parameters, context, law, form)
+    return run_chain(z, [Step(plan, parameters, context, law, form, True)])
+
+
+class Step(NamedTuple):
+    """One transform of a chain."""
+
+    plan: Plan
+    parameters: Sequence[Tensor]
+    context: Tensor | None
+    law: ScaleLaw
+    form: str
+    inverse: bool
+
+
+def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+    """(y, logdet) of x (N, D) through all steps in one call: a tile of samples passes them all without leaving the cache.
+
+    The models' way in. Arguments are taken as they are: `maf_forward` and `maf_inverse` check them first.
+    """
     dtype = COMPUTE_DTYPE[x.dtype]
-    rows = x.to(dtype)
-    terms = None if context is None else context.to(dtype)
-    weights = [p.to(dtype) for p in parameters]
-    if runs_reference(x):
-        run = reference.maf_inverse if inverse else reference.maf_forward
-        y, logdet = run(rows, terms, plan, weights, law, form)
+    if x.dtype != dtype:
+        y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype) for step in steps])
         return y.to(x.dtype), logdet
-    tables, options = plan.tables(x.device), (law.code, law.numbers, FORMS.index(form))
-    packed = packed_weights(plan, weights)
-    if needs_grad(rows, terms, *weights):
-        back = packed_weights(plan, weights, backward=True)
-        masks = plan.masks_on(x.device)
-        y, logdet, _ = Maf.apply(
-            rows, terms, packed, back, tables, masks, inverse, *options, plan.saved_rows, *weights
-        )
-    else:
-        y, logdet, _ = (INVERSE if inverse else FORWARD)[0](rows, terms, packed, tables[0], *options, 0)
-    return y.to(x.dtype), logdet
+    if runs_reference(x):
+        return _reference_chain(x, steps)
+    device = x.device
+    grad = torch.is_grad_enabled() and (
+        x.requires_grad or any(_step_needs_grad(step) for step in steps)
+    )
+    packed, tables, contexts = [], [], []
+    codes: list[int] = []
+    numbers: list[float] = []
+    with_context = any(step.context is not None for step in steps)
+    for plan, parameters, context, law, form, inverse in steps:
+        packed.append(packed_weights(plan, parameters))
+        tables.append(plan.tables(device)[0])
+        codes += (law.code, FORMS.index(form), inverse, plan.saved_rows[inverse] if grad else 0)
+        numbers += law.numbers
+        if with_context:
+            contexts.append(x.new_empty(x.shape[0], 0) if context is None else context.to(dtype))
+    if not grad:
+        y, logdet, _ = maf_op(x, contexts, packed, tables, codes, numbers)
+        return y, logdet
+    packed_back = [packed_weights(step.plan, step.parameters, backward=True) for step in steps]
+    tables_back = [step.plan.tables(device)[1] for step in steps]
+    masks = [mask for step in steps for mask in step.plan.masks_on(device)]
+    weights = [p for step in steps for p in step.parameters]
+    groups = (contexts, packed, packed_back, tables, tables_back, masks, weights)
+    tensors = [t for group in groups for t in group]
+    y, logdet, _ = Maf.apply(x, tuple(map(len, groups)), codes, numbers, *tensors)
+    return y, logdet
+
+
+def _step_needs_grad(step: Step) -> bool:
+    return (step.context is not None and step.context.requires_grad) or any(p.requires_grad for p in step.parameters)
+
+
+def _in_dtype(step: Step, dtype: torch.dtype) -> Step:
+    context = None if step.context is None else step.context.to(dtype)
+    return step._replace(parameters=[p.to(dtype) for p in step.parameters], context=context)
+
+
+def _reference_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+    total = x.new_zeros(x.shape[0])
+    for plan, parameters, context, law, form, inverse in steps:
+        run = reference.maf_inverse if inverse else reference.maf_forward
+        x, logdet = run(x, context, plan, parameters, law, form)
+        total = total + logdet
+    return x, total
 
 
 def _check(

@@ -1,7 +1,7 @@
-"""Operators and gradients of the autoregressive transform.
+"""Operators and gradients of autoregressive transforms, one or a chain of them in one call.
 
-Forward keeps the activations when a gradient is wanted. Backward runs the same network transposed, with time reversed: densely
-for the density direction, as a sweep for the sampling direction. Both then form the weights' gradients from what they left.
+Forward keeps the activations when a gradient is wanted. Backward runs each network transposed, with time reversed: densely for
+the density direction, as a sweep for the sampling direction. Both then form the weights' gradients from what they left.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flowkernels._autograd import not_twice_differentiable
-from flowkernels._library import operator, vmap_loop, vmap_rows
+from flowkernels._library import operator, vmap_loop
 
-_OPTIONS = "int law, float[] law_parameters, int form"
-_LANES = 16  # csrc/cpu/maf.h
+_LANES = 16  # csrc/cpu/panels.h: kLanes
+CODES = 4  # numbers per transform in `codes`: law, form, inverse, saved rows
 
 
 def _compiled_only(*args: Any) -> Any:
@@ -27,47 +27,38 @@ def _fake_pack(parameters: list[Tensor], masks: list[Tensor], table: Tensor, siz
     return parameters[0].new_empty(size)
 
 
-def _fake(
-    x: Tensor, context: Tensor | None, packed: Tensor, table: Tensor, law: int, numbers: list[float], form: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_maf(x: Tensor, contexts: Any, packed: Any, tables: Any, codes: list[int], numbers: Any) -> Any:
     samples = x.shape[0]
-    return x.new_empty(x.shape), x.new_empty(samples), x.new_empty(rows, (samples + _LANES - 1) // _LANES * _LANES)
+    saved = x.new_empty(sum(codes[CODES - 1 :: CODES]), (samples + _LANES - 1) // _LANES * _LANES)
+    return x.new_empty(x.shape), x.new_empty(samples), saved
 
 
 def _fake_backward(
-    grad_output: Tensor, grad_logdet: Tensor, x: Tensor, saved: Tensor, packed_back: Tensor, masks: list[Tensor], *rest: Any
+    grad_y: Tensor,
+    grad_logdet: Tensor,
+    saved: Tensor,
+    packed_back: Any,
+    masks: list[Tensor],
+    tables: Any,
+    tables_back: Any,
+    codes: Any,
+    numbers: Any,
+    context_widths: list[int],
+    want_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, context_width, want_parameters = rest
     count = sum(m.numel() + m.shape[0] for m in masks) if want_parameters else 0
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], context_width), x.new_empty(count)
+    contexts = grad_y.new_empty(sum(context_widths) * grad_y.shape[0])
+    return grad_y.new_empty(grad_y.shape), contexts, grad_y.new_empty(count)
 
 
-def _vmap(op: Any, info: Any, dims: Any, *args: Any) -> Any:
-    if dims[2] is not None or args[-1]:  # many sets of weights, or activations to keep per set
-        return vmap_loop(op, info, dims, args)
-    y, logdet = vmap_rows(
-        lambda *a: op(*a)[:2], info, dims, args, (2, None if args[1] is None else 2, None, None, None, None, None, None)
-    )[0]
-    return (y, logdet, y.new_empty(info.batch_size, 0, 0)), (0, 0, 0)
-
-
-def _direction(name: str) -> tuple[Any, Any]:
-    forward: Any = operator(
-        f"{name}(Tensor x, Tensor? context, Tensor packed, Tensor table, {_OPTIONS}, int saved_rows)"
-        " -> (Tensor, Tensor, Tensor)",
-        _compiled_only,
-        vmap=lambda info, dims, *args: _vmap(forward, info, dims, *args),
-        fake=_fake,
-    )
-    backward: Any = operator(
-        f"{name}_backward(Tensor grad_output, Tensor grad_logdet, Tensor x, Tensor saved, Tensor packed_back, Tensor[] masks,"
-        f" Tensor table, Tensor table_back, {_OPTIONS}, int context_width, bool want_parameters)"
-        " -> (Tensor, Tensor, Tensor)",
-        _compiled_only,
-        vmap=lambda info, dims, *args: vmap_loop(backward, info, dims, args),
-        fake=_fake_backward,
-    )
-    return forward, backward
+def _vmap_maf(info: Any, dims: Any, *args: Any) -> Any:
+    x, codes = args[0], args[4]
+    batched_weights = any(d is not None for group in dims[1:4] for d in (group or ()))
+    if dims[0] is None or batched_weights or args[1] or any(codes[CODES - 1 :: CODES]):
+        return vmap_loop(maf_op, info, dims, args)
+    rows = x.movedim(dims[0], 0)
+    y, logdet, saved = maf_op(rows.reshape(-1, rows.shape[-1]), *args[1:])
+    return (y.reshape(rows.shape), logdet.reshape(rows.shape[:2]), saved), (0, 0, None)
 
 
 pack_op: Any = operator(
@@ -76,65 +67,85 @@ pack_op: Any = operator(
     vmap=lambda info, dims, *args: vmap_loop(pack_op, info, dims, args),
     fake=_fake_pack,
 )
-FORWARD, INVERSE = _direction("maf_forward"), _direction("maf_inverse")
+maf_op: Any = operator(
+    "maf(Tensor x, Tensor[] contexts, Tensor[] packed, Tensor[] tables, int[] codes, float[] numbers)"
+    " -> (Tensor, Tensor, Tensor)",
+    _compiled_only,
+    vmap=_vmap_maf,
+    fake=_fake_maf,
+)
+backward_op: Any = operator(
+    "maf_backward(Tensor grad_y, Tensor grad_logdet, Tensor saved, Tensor[] packed_back, Tensor[] masks, Tensor[] tables,"
+    " Tensor[] tables_back, int[] codes, float[] numbers, int[] context_widths, bool want_parameters)"
+    " -> (Tensor, Tensor, Tensor)",
+    _compiled_only,
+    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
+    fake=_fake_backward,
+)
 
 
 class Maf(torch.autograd.Function):
-    """Either direction. `packed` and `packed_back` carry the weights; `parameters` come along to receive their gradients."""
+    """A chain of transforms. The weights come packed; the parameters come along to receive their gradients.
+
+    `tensors` holds, `lengths[i]` of each kind: contexts, packed, packed_back, tables, tables_back, masks, parameters.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        x: Tensor,
-        context: Tensor | None,
-        packed: Tensor,
-        packed_back: Tensor,
-        tables: tuple[Tensor, Tensor],
-        masks: Sequence[Tensor],
-        inverse: bool,
-        law: int,
-        numbers: list[float],
-        form: int,
-        saved_rows: int,
-        *parameters: Tensor,
+        x: Tensor, lengths: Sequence[int], codes: list[int], numbers: list[float], *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        op = (INVERSE if inverse else FORWARD)[0]
-        y, logdet, saved = op(x, context, packed, tables[0], law, numbers, form, saved_rows)
+        contexts, packed, _, tables, *_ = _split(tensors, lengths)
+        y, logdet, saved = maf_op(x, contexts, packed, tables, codes, numbers)
         return y, logdet, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, context, _, packed_back, ctx.tables, ctx.masks, ctx.inverse, *options = inputs
-        ctx.options = tuple(options[:3])
-        ctx.context_width = 0 if context is None else context.shape[1]
-        ctx.want_parameters = any(ctx.needs_input_grad[11:])
-        ctx.save_for_backward(x, output[2], packed_back)
+        _, lengths, ctx.codes, ctx.numbers, *tensors = inputs
+        contexts, _, packed_back, ctx.tables, ctx.tables_back, ctx.masks, parameters = _split(tensors, lengths)
+        ctx.context_widths = [c.shape[1] for c in contexts] or [0] * len(packed_back)
+        ctx.context_count = len(contexts)
+        ctx.fixed = len(tensors) - len(contexts) - len(parameters)
+        ctx.save_for_backward(output[2], *packed_back)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:  # type: ignore[override]
-        x, saved, packed_back = ctx.saved_tensors
-        op = (INVERSE if ctx.inverse else FORWARD)[1]
-        grad_x, grad_context, flat = op(
+        saved, *packed_back = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4 + ctx.context_count + ctx.fixed :]
+        want_parameters = any(needs)
+        grads = backward_op(
             grad_y,
             grad_logdet,
-            x,
             saved,
             packed_back,
             ctx.masks,
-            *ctx.tables,
-            *ctx.options,
-            ctx.context_width,
-            ctx.want_parameters,
+            ctx.tables,
+            ctx.tables_back,
+            ctx.codes,
+            ctx.numbers,
+            ctx.context_widths,
+            want_parameters,
         )
-        grad_x, grad_context, flat = not_twice_differentiable(
-            "maf_inverse" if ctx.inverse else "maf_forward", (grad_x, grad_context, flat), (grad_y, grad_logdet, x)
-        )
-        grads: list[Tensor | None] = [None] * (2 * len(ctx.masks))
-        if ctx.want_parameters:
-            sizes = [n for m in ctx.masks for n in (m.numel(), m.shape[0])]
-            grads = [g if i % 2 else g.view(ctx.masks[i // 2].shape) for i, g in enumerate(flat.split(sizes))]
-            grads = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[11:], strict=True)]
-        return grad_x, grad_context if ctx.context_width else None, *(None,) * 9, *grads
+        grad_x, flat_contexts, flat = not_twice_differentiable("maf", grads, (grad_y, grad_logdet))
+        samples = grad_y.shape[0]
+        contexts: tuple[Tensor, ...] = ()
+        if ctx.context_count:
+            parts = flat_contexts.split([w * samples for w in ctx.context_widths])
+            contexts = tuple(p.view(samples, w) for p, w in zip(parts, ctx.context_widths, strict=True))
+        parameters: list[Tensor | None] = [None] * len(needs)
+        if want_parameters:
+            parts = flat.split([n for m in ctx.masks for n in (m.numel(), m.shape[0])])
+            for i, (part, need) in enumerate(zip(parts, needs, strict=True)):
+                if need:
+                    parameters[i] = part if i % 2 else part.view(ctx.masks[i // 2].shape)
+        return grad_x, None, None, None, *contexts, *(None,) * ctx.fixed, *parameters
 
+
+def _split(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    parts, begin = [], 0
+    for length in lengths:
+        parts.append(list(tensors[begin : begin + length]))
+        begin += length
+    return parts

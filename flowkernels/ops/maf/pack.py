@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +14,15 @@ from flowkernels.plan import Plan
 
 def packed_weights(plan: Plan, parameters: Sequence[Tensor], *, backward: bool = False) -> Tensor:
     """The weights in the order of the plan's forward or backward table; packed again whenever a parameter has changed."""
-    if torch.compiler.is_compiling() or any(map(_is_wrapped, parameters)):
+    if torch.compiler.is_compiling():
         return _pack(plan, parameters, backward)
-    key = [(p.data_ptr(), p._version, p.stride()) for p in parameters]
-    found = plan.packs.get(backward)
-    if found is None or not found.is_of(key, parameters):
-        packed = _pack(plan, parameters, backward)
-        if torch._C._functorch.is_functorch_wrapped_tensor(packed):
-            return packed
-        found = plan.packs[backward] = _Pack(key, parameters, packed)
-    return found.packed  # type: ignore[no-any-return]
+    found: _Pack | None = plan.packs.get(backward)
+    if found is not None and found.is_of(parameters):
+        return found.packed
+    packed = _pack(plan, parameters, backward)
+    if not _is_wrapped(packed) and not any(map(_is_wrapped, parameters)):
+        plan.packs[backward] = _Pack(parameters, packed)
+    return packed
 
 
 def _pack(plan: Plan, parameters: Sequence[Tensor], backward: bool) -> Tensor:
@@ -40,17 +38,19 @@ class _Pack:
     """Packed weights and what they were packed from.
 
     A parameter is the same as before if it is the same object with the same version (every in-place change counts it up) at
-    the same address. The storages are held, so that no new memory can come to lie at an old address.
+    the same address with the same strides. The storages are held, so that no new memory can come to lie at an old address.
     """
 
-    def __init__(self, key: Any, parameters: Sequence[Tensor], packed: Tensor) -> None:
-        self.key = key
-        self.owners = [weakref.ref(p) for p in parameters]
+    def __init__(self, parameters: Sequence[Tensor], packed: Tensor) -> None:
+        self.states = [(weakref.ref(p), p._version, p.data_ptr(), p.stride()) for p in parameters]
         self.storages = [p.untyped_storage() for p in parameters]
         self.packed = packed
 
-    def is_of(self, key: Any, parameters: Sequence[Tensor]) -> bool:
-        return self.key == key and all(owner() is p for owner, p in zip(self.owners, parameters, strict=True))
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        for p, (owner, version, address, stride) in zip(parameters, self.states, strict=True):
+            if owner() is not p or p._version != version or p.data_ptr() != address or p.stride() != stride:
+                return False
+        return True
 
 
 def _is_wrapped(tensor: Tensor) -> bool:

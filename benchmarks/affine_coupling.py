@@ -1,0 +1,120 @@
+"""affine_coupling: y = sigma(u) x + t and its log-det, bound by memory. The file to copy for a new operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.core import COMPILED, OURS, PEER, PLAIN, RIVAL, Case, Options, Problem, Variant, compiled, peer
+from flowkernels import ops
+
+Coupling = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def forward(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return x * scale.exp() + shift, scale.sum(-1)
+
+
+def inverse(y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return (y - shift) * torch.exp(-scale), -scale.sum(-1)
+
+
+def _in_place(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """One fresh tensor instead of three."""
+    return scale.exp().mul_(x).add_(shift), scale.sum(-1)
+
+
+def _normflows(shift: Tensor, scale: Tensor, inverse: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """normflows' affine coupling layer, its conditioner's output given: [shift, scale] of each feature side by side."""
+    parameters = torch.stack([shift, scale], -1).flatten(1)
+
+    class Given(torch.nn.Module):
+        def forward(self, _: Tensor) -> Tensor:
+            return parameters
+
+    layer = peer("normflows.flows").AffineCoupling(Given(), scale=True, scale_map="exp")
+    call = layer.inverse if inverse else layer
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        (_, y), logdet = call([x[:, :0], x])
+        return y, logdet
+
+    return run
+
+
+def _inputs(rows: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x, shift, scale = (torch.randn(rows, features, generator=g) for _ in range(3))
+    return x, shift, scale * 0.5
+
+
+def _once(direction: str, rows: int, features: int, memory: str, options: Options) -> Problem:
+    x, shift, scale = _inputs(rows, features)
+    plain: Coupling = inverse if direction == "inverse" else forward
+    ours = partial(ops.affine_coupling, inverse=direction == "inverse")
+    fused = compiled(plain)
+    variants = [
+        Variant("flowkernels", OURS, lambda: ours(x, shift, scale)),
+        Variant("PyTorch", PLAIN, lambda: plain(x, shift, scale)),
+        Variant("torch.compile", COMPILED, lambda: fused(x, shift, scale)),
+    ]
+    if direction == "forward":
+        variants.append(Variant("PyTorch, in place", RIVAL, lambda: _in_place(x, shift, scale)))
+    if options.wants(PEER, "normflows") and peer("normflows") is not None:
+        layer = _normflows(shift, scale, direction == "inverse")
+        variants.append(Variant("normflows", PEER, lambda: layer(x)))
+    return Problem(
+        variants,
+        lambda: plain(x.double(), shift.double(), scale.double()),
+        bytes=4.0 * (4 * x.numel() + rows),
+        reuse_memory=memory == "reused",
+        least=1.0,
+    )
+
+
+def _both(rows: int, features: int, memory: str, options: Options) -> Problem:
+    x, shift, scale = _inputs(rows, features)
+    g = torch.Generator().manual_seed(1)
+    grad_y, grad_logdet = torch.randn(rows, features, generator=g), torch.randn(rows, generator=g)
+
+    def step(coupling: Coupling, leaves: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        y, logdet = coupling(*leaves)
+        gradients = torch.autograd.grad([y, logdet], leaves, [grad_y.to(dtype), grad_logdet.to(dtype)])
+        return [y.detach(), logdet.detach(), *gradients]
+
+    def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [t.to(dtype, copy=True).requires_grad_() for t in (x, shift, scale)]
+
+    shared = leaves()
+    fused = compiled(forward)
+    return Problem(
+        [
+            Variant("flowkernels", OURS, lambda: step(ops.affine_coupling, shared)),
+            Variant("PyTorch", PLAIN, lambda: step(forward, shared)),
+            Variant("torch.compile", COMPILED, lambda: step(fused, shared)),
+        ],
+        lambda: step(forward, leaves(torch.float64), torch.float64),
+        # Forward: three in, one out. Backward: grad_y, x and scale in, three gradients out.
+        bytes=4.0 * (4 + 6) * x.numel(),
+        grad=True,
+        reuse_memory=memory == "reused",
+        least=1.0,
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    sizes = [(1, 8), (1000, 64)] if quick else [(1, 8), (100, 64), (4096, 64), (65536, 256)]
+    found = []
+    for rows, features in sizes:
+        # More than 32 MB come as fresh pages from the system at every call, unless the C library may keep them.
+        for memory in ("fresh", "reused") if rows * features >= 2**23 else ("fresh",):
+            size = {"N": rows, "D": features, "memory": memory}
+            found += [
+                Case("affine_coupling", "forward", size, partial(_once, "forward", rows, features, memory)),
+                Case("affine_coupling", "inverse", size, partial(_once, "inverse", rows, features, memory)),
+                Case("affine_coupling", "forward+backward", size, partial(_both, rows, features, memory)),
+            ]
+    return found

@@ -1,0 +1,71 @@
+// gumbel_argmax on the CPU: exact categorical samples straight from the logits, with their log-probabilities.
+#include "cpu/pages.h"
+#include "cpu/random.h"
+
+namespace fk {
+
+template <class T>
+struct ArgmaxArguments {
+  View<const T> logits, grad;
+  View<const int64_t> index_in;
+  const T* logsumexp_in = nullptr;
+  int64_t classes = 0, samples = 0;
+  RandomStream stream;
+  int64_t* index = nullptr;
+  T *log_prob = nullptr, *logsumexp = nullptr;
+  View<T> grad_logits;
+};
+
+}  // namespace fk
+
+#define FK_KERNELS "cpu/gumbel_argmax_kernels.h"
+#include "cpu/foreach_isa.h"
+
+namespace fk {
+
+std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Tensor& seed, int64_t stream, int64_t samples) {
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long), log_prob = new_output(logits, {rows, samples}),
+         logsumexp = new_empty(logits, {rows});
+  dispatch_float(logits, [&]<class T>() {
+    ArgmaxArguments<T> a;
+    a.logits = view<T>(logits);
+    a.classes = classes;
+    a.samples = samples;
+    a.stream = stream_of(seed, stream);
+    a.index = static_cast<int64_t*>(index.mutable_data_ptr());
+    a.log_prob = static_cast<T*>(log_prob.mutable_data_ptr());
+    a.logsumexp = static_cast<T*>(logsumexp.mutable_data_ptr());
+    torch::stable::parallel_for(0, rows, grain_for(4 * classes * samples), [&](int64_t begin, int64_t end) {
+      FK_BEST(gumbel_argmax<T>)(a, begin, end);
+    });
+  });
+  return {index, log_prob, logsumexp};
+}
+
+Tensor gumbel_argmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& logsumexp, const Tensor& index) {
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  Tensor grad_logits = new_output(logits, {rows, classes});
+  const Tensor lse = torch::stable::contiguous(logsumexp);
+  dispatch_float(logits, [&]<class T>() {
+    ArgmaxArguments<T> a;
+    a.logits = view<T>(logits);
+    a.grad = view<T>(grad);
+    a.index_in = view<int64_t>(index);
+    a.logsumexp_in = static_cast<const T*>(lse.const_data_ptr());
+    a.classes = classes;
+    a.samples = index.size(1);
+    a.grad_logits = mutable_view<T>(grad_logits);
+    torch::stable::parallel_for(0, rows, grain_for(classes), [&](int64_t begin, int64_t end) {
+      FK_BEST(gumbel_argmax_backward<T>)(a, begin, end);
+    });
+  });
+  return grad_logits;
+}
+
+}  // namespace fk
+
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  m.impl("gumbel_argmax", TORCH_BOX(&fk::gumbel_argmax));
+  m.impl("gumbel_argmax_backward", TORCH_BOX(&fk::gumbel_argmax_backward));
+}

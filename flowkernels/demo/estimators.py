@@ -1,0 +1,109 @@
+"""Bias and variance of the gradient estimators, against the exact gradient of a space small enough to enumerate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowkernels.objectives import elbo_discrete
+
+TAUS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.05)
+LATENTS, CATEGORIES = 2, 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One estimator at one temperature (None where it has none), from n draws of the gradient."""
+
+    estimator: str
+    tau: float | None
+    bias: float  # |mean - exact|
+    error: float  # standard error of that distance, sqrt(variance / n)
+    variance: float  # trace of the covariance of one draw
+
+
+def problem() -> tuple[Tensor, Tensor]:
+    """(logits (k, d), weights of the log-likelihood), float64, fixed."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(LATENTS, CATEGORIES, generator=generator, dtype=torch.float64)
+    weights = torch.randn(4, LATENTS * CATEGORIES, generator=generator, dtype=torch.float64)
+    return logits, weights
+
+
+def log_likelihood(z: Tensor, weights: Tensor) -> Tensor:
+    """Not linear in z, so that what holds at the corners says little about what lies between."""
+    return -(z.flatten(-2) @ weights.T - 1).square().sum(-1)
+
+
+def gradients(estimator: str, tau: float | None, draws: int, seed: int) -> Tensor:
+    """`draws` independent gradients of the ELBO by the logits, (draws, k d)."""
+    logits, weights = problem()
+    many = logits.expand(draws, -1, -1).clone().requires_grad_()
+    options = {} if tau is None else {"tau": tau}
+    baseline = None
+    if estimator == "score_function_leave_one_out":
+        estimator, baseline = "score_function", "leave_one_out"
+        options = {"samples": 4}
+    value = elbo_discrete(
+        many, lambda z: log_likelihood(z, weights), estimator=estimator, baseline=baseline, seed=seed, **options  # type: ignore[arg-type]
+    )
+    (grad,) = torch.autograd.grad(value.sum(), many)
+    return grad.flatten(1)
+
+
+def measure(estimator: str, tau: float | None, draws: int, seed: int = 0) -> Measured:
+    exact = gradients("exact", None, 1, 0)[0]
+    grads = gradients(estimator, tau, draws, seed)
+    variance = float(grads.var(0).sum())
+    return Measured(estimator, tau, float((grads.mean(0) - exact).norm()), (variance / draws) ** 0.5, variance)
+
+
+def study(draws: int = 200_000, seed: int = 0) -> list[Measured]:
+    """Every estimator, those with a temperature over `TAUS`."""
+    results = []
+    for estimator in ("gumbel", "gumbel_straight_through"):
+        results += [measure(estimator, tau, draws, seed) for tau in TAUS]
+    for estimator in ("straight_through", "score_function", "score_function_leave_one_out"):
+        results.append(measure(estimator, None, draws, seed))
+    return results
+
+
+def run(out_dir: str | Path, quick: bool = False) -> None:
+    """Prints the table, and draws bias and variance over tau into out_dir/estimators.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    results = study(5_000 if quick else 400_000)
+    lines = [f"{'estimator':<30}{'tau':>6}{'bias':>10}{'+-':>9}{'variance':>12}"]
+    for r in results:
+        tau = "" if r.tau is None else f"{r.tau:g}"
+        lines.append(f"{r.estimator:<30}{tau:>6}{r.bias:>10.4f}{r.error:>9.4f}{r.variance:>12.3f}")
+    print("\n".join(lines))
+    (out / "estimators.txt").write_text("\n".join(lines) + "\n")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for name in dict.fromkeys(r.estimator for r in results):
+        of_name = [r for r in results if r.estimator == name]
+        if of_name[0].tau is None:
+            of_name = [Measured(name, tau, of_name[0].bias, of_name[0].error, of_name[0].variance) for tau in TAUS]
+        style = "--" if name.startswith(("straight", "score")) else "o-"
+        taus = [r.tau for r in of_name]
+        left.errorbar(taus, [r.bias for r in of_name], [r.error for r in of_name], fmt=style, label=name)
+        right.plot(taus, [r.variance for r in of_name], style, label=name)
+    for axes, what in ((left, "bias"), (right, "variance")):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("tau")
+        axes.set_ylabel(f"{what} of the gradient")
+    left.legend(fontsize=7)
+    path = out / "estimators.png"
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    print(f"picture: {path}")

@@ -1,0 +1,153 @@
+"""ActNorm and the invertible 1x1 convolution: what Glow puts between its couplings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels.ops.affine_coupling import affine_coupling
+
+
+class ActNorm(nn.Module):
+    """``z = (x + shift) exp(log_scale)``, a shift and a scale for each channel; the first batch makes z normalised.
+
+    Features are flat, channel after channel: (N, channels * positions).
+
+    Args:
+        channels: how many shifts and scales. positions: features of one channel (pixels of an image, steps of a sequence).
+        data_init: take shift and scale from the first batch that comes in training mode; otherwise start as the identity.
+
+    Source: Kingma & Dhariwal 2018 (Glow), arXiv:1807.03039.
+    """
+
+    initialised: Tensor
+
+    def __init__(self, channels: int, positions: int = 1, *, data_init: bool = True) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("positions", positions)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        self.channels, self.positions = channels, positions
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialised", torch.tensor(not data_init))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Sets shift and scale so that these x come out with mean 0 and variance 1 in every channel.
+
+        `mask` (N,) or (N, positions) is True for what counts: padding does not.
+
+        Raises:
+            ValueError: fewer than two values per channel, from which no variance can be had.
+        """
+        values = x.reshape(-1, self.channels, self.positions)
+        weight = self._weight(x, mask)
+        weight = values.new_ones(values.shape[0], 1, self.positions) if weight is None else weight
+        count = weight.sum()
+        if count < 2:
+            raise ValueError(
+                f"x must have at least 2 values per channel to initialise ActNorm from, got {int(count)}: "
+                "use a larger batch or data_init=False"
+            )
+        mean = (values * weight).sum((0, 2)) / count
+        variance = ((values - mean[:, None]).square() * weight).sum((0, 2)) / count
+        self.shift.copy_(-mean)
+        self.log_scale.copy_(-0.5 * (variance + 1e-6).log())
+        self.initialised.fill_(True)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(z, logdet); padded positions, where `mask` is False, stay as they are and do not count."""
+        if self.training and not self.initialised:
+            self.initialise(x, mask)
+        return self._run(x, mask, False)
+
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._run(z, mask, True)
+
+    def _run(self, x: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift = self.shift.repeat_interleave(self.positions).expand(x.shape)
+        scale = self.log_scale.repeat_interleave(self.positions).expand(x.shape)
+        weight = self._weight(x, mask)
+        if weight is not None:
+            flat = weight.expand(-1, self.channels, -1).reshape(x.shape)
+            shift, scale = shift * flat, scale * flat
+        return affine_coupling(x, shift, scale, law="exp", form="shift_scale", inverse=inverse)
+
+    def _weight(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """(N, 1, positions) 1 where x counts."""
+        if mask is None:
+            return None
+        rows = x.shape[0]
+        if mask.shape == (rows,):
+            mask = mask[:, None].expand(rows, self.positions)
+        if mask.shape != (rows, self.positions):
+            raise ValueError(f"mask must have shape ({rows},) or ({rows}, {self.positions}), got {tuple(mask.shape)}")
+        return mask[:, None, :].to(x)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, positions={self.positions}"
+
+
+class Invertible1x1(nn.Module):
+    """A linear map of the channels, the same at every position: ``z = W x`` with ``W = P L (U + diag(s))``.
+
+    P is a fixed permutation, L unit lower and U strictly upper triangular, so the log-det is exactly
+    ``positions * sum log |s|`` and the inverse is two triangular solves. Starts as a random rotation. Features are flat, channel
+    after channel.
+
+    Source: Kingma & Dhariwal 2018 (Glow), arXiv:1807.03039.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int, positions: int = 1) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("positions", positions)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        self.channels, self.positions = channels, positions
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        dtype = torch.get_default_dtype()
+        self.register_buffer("permutation", permutation.argmax(1))  # row i of P L is row permutation[i] of L
+        self.register_buffer("sign", diagonal.sign().to(dtype))
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().to(dtype))
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        eye = torch.eye(self.channels, dtype=self.lower.dtype, device=self.lower.device)
+        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        return self.lower.tril(-1) + eye, upper
+
+    def weight(self) -> Tensor:
+        """(channels, channels) W."""
+        lower, upper = self._factors()
+        return (lower @ upper)[self.permutation]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        values = x.reshape(-1, self.channels, self.positions)
+        z = self.weight() @ values
+        return z.reshape(x.shape), self._logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lower, upper = self._factors()
+        rows = z.reshape(-1, self.channels, self.positions).transpose(0, 1).reshape(self.channels, -1)
+        rows = torch.empty_like(rows).index_copy(0, self.permutation, rows)
+        rows = torch.linalg.solve_triangular(lower, rows, upper=False, unitriangular=True)
+        rows = torch.linalg.solve_triangular(upper, rows, upper=True)
+        x = rows.reshape(self.channels, -1, self.positions).transpose(0, 1).reshape(z.shape)
+        return x, -self._logdet(z)
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (self.positions * self.log_diagonal.sum()).expand(x.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, positions={self.positions}"

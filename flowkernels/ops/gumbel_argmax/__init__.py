@@ -1,0 +1,60 @@
+"""Exact samples of a categorical distribution, straight from its logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flowkernels._backend import runs_reference
+from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor
+from flowkernels._library import needs_grad
+from flowkernels.ops._categorical import check_dim, check_rows, rows_of
+from flowkernels.ops.gumbel_argmax import reference
+from flowkernels.ops.gumbel_argmax.autograd import GumbelArgmax, forward_op
+from flowkernels.random import Seed, draw_stream
+
+__all__ = ["gumbel_argmax"]
+
+
+def gumbel_argmax(logits: Tensor, k: int = 1, dim: int = -1, *, seed: Seed = None) -> tuple[Tensor, Tensor]:
+    r"""k independent samples of softmax(logits) by the Gumbel-max trick, and their log-probabilities::
+
+        index_s = argmax(logits + g_s),  g_s standard Gumbel noise         log_prob_s = log softmax(logits)[index_s]
+
+    Noise is drawn where it is compared and never stored: the memory is that of the result. Float32 noise reaches +22.9, so
+    categories rarer than 2^-24 are drawn as often as they should be.
+
+    Args:
+        logits: float64, float32, bfloat16 or float16, any shape; halves are calculated in float32.
+        k: how many samples of each row, with replacement, at least 1. Sample s takes its noise from stream number + s, so sample 0 is
+            the category that ``gumbel_softmax(..., hard=True)`` draws with the same seed.
+        dim: the dimension of the categories; in the results it has size k.
+        seed: see `flowkernels.random.draw_stream`.
+
+    Returns:
+        index, int64, and log_prob in nats, differentiable with respect to logits, in at least float32.
+
+    Raises:
+        TypeError, ValueError: the argument, what it was and what it should be; a row of -inf alone as in `gumbel_softmax`.
+
+    Source: Maddison et al. 2014, arXiv:1411.0030.
+    """
+    check_float_tensor("logits", logits)
+    dim = check_dim(logits, dim)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k < 2**32:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if logits.shape[dim] == 0:
+        raise ValueError(f"logits must have a category in dimension {dim}, got shape {tuple(logits.shape)}")
+    shape = logits.movedim(dim, -1).shape
+    rows = rows_of(logits, dim).to(COMPUTE_DTYPE[logits.dtype])
+    source = draw_stream(seed, logits.device)
+    args = (rows, source.seed, source.number, k)
+    if runs_reference(logits):
+        index, log_prob, _ = reference.gumbel_argmax(*args)
+    elif needs_grad(rows):
+        index, log_prob, _ = GumbelArgmax.apply(*args)
+    else:
+        index, log_prob, _ = forward_op(*args)
+    check_rows(rows, log_prob)
+    return tuple(t.reshape(*shape[:-1], k).movedim(-1, dim) for t in (index, log_prob))  # type: ignore[return-value]

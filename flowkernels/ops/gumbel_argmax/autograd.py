@@ -1,0 +1,61 @@
+"""Gradient of gumbel_argmax's log-probability; the samples themselves have none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._autograd import backward_of, reference_double_backward
+from flowkernels._library import operator, vmap_loop
+from flowkernels.ops.gumbel_argmax import reference
+
+forward_op = operator(
+    "gumbel_argmax(Tensor logits, Tensor seed, int stream, int samples) -> (Tensor, Tensor, Tensor)",
+    reference.gumbel_argmax,
+    vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
+)
+backward_op = operator(
+    "gumbel_argmax_backward(Tensor grad, Tensor logits, Tensor logsumexp, Tensor index) -> Tensor",
+    reference.gumbel_argmax_backward,
+    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
+)
+
+
+class GumbelArgmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        index, log_prob, logsumexp = forward_op(*args)
+        return index, log_prob, logsumexp
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        index, _, logsumexp = output
+        ctx.mark_non_differentiable(index, logsumexp)
+        ctx.save_for_backward(inputs[0], logsumexp, index)
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, grad: Tensor, __: Any) -> Any:  # type: ignore[override]
+        return backward_of(GumbelArgmaxBackward, backward_op, grad, *ctx.saved_tensors), None, None, None
+
+
+class GumbelArgmaxBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad, logits, _, index = inputs
+        ctx.save_for_backward(grad, logits, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad: Tensor) -> Any:  # type: ignore[override]
+        grad, logits, index = ctx.saved_tensors
+        grads = reference_double_backward(lambda x: (reference.log_prob(x, index),), (logits,), (grad,), (grad_grad,))
+        return *grads, None, None

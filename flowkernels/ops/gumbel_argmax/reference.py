@@ -1,0 +1,29 @@
+"""gumbel_argmax as a lecture writes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowkernels.random import KINDS, reference_noise
+
+
+def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = logits.shape
+    in_double = logits.dtype == torch.float64
+    index = []
+    for sample in range(samples):
+        noise = reference_noise(seed, stream + sample, 0, rows * classes, KINDS.index("gumbel"), in_double)
+        index.append((logits + noise.reshape(rows, classes)).argmax(-1))
+    drawn = torch.stack(index, -1)
+    return drawn, log_prob(logits, drawn), logits.logsumexp(-1)
+
+
+def log_prob(logits: Tensor, index: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, index)
+
+
+def gumbel_argmax_backward(grad: Tensor, logits: Tensor, logsumexp: Tensor, index: Tensor) -> Tensor:
+    """sum over samples of grad (one-hot - softmax)."""
+    softmax = (logits - logsumexp[:, None]).exp()
+    return (-grad.sum(-1, keepdim=True) * softmax).scatter_add(-1, index, grad)

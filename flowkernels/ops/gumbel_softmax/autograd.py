@@ -1,0 +1,70 @@
+"""Gradients of gumbel_softmax: from y alone, so no noise is kept. The hard form keeps not even y and draws again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._autograd import backward_of
+from flowkernels._library import operator, vmap_loop
+from flowkernels.ops.gumbel_softmax import reference
+
+# One seed means one noise, whatever is mapped: vmap gives every element of the mapped dimension the noise it would have alone.
+forward_op = operator(
+    "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, int stream, bool hard) -> Tensor",
+    reference.gumbel_softmax,
+    vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
+)
+backward_op = operator(
+    "gumbel_softmax_backward(Tensor grad, Tensor y, Tensor tau, bool for_tau) -> (Tensor, Tensor)",
+    reference.gumbel_softmax_backward,
+    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
+)
+
+
+class GumbelSoftmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return forward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, tau, seed, ctx.stream, ctx.hard = inputs
+        ctx.save_for_backward(*((logits, tau, seed) if ctx.hard else (output, tau)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        if ctx.hard:
+            logits, tau, seed = ctx.saved_tensors
+            y = backward_of(GumbelSoftmax, forward_op, logits, tau, seed, ctx.stream, False)
+        else:
+            y, tau = ctx.saved_tensors
+        for_tau = ctx.needs_input_grad[1]
+        grad_logits, grad_tau = backward_of(GumbelSoftmaxBackward, backward_op, grad, y, tau, for_tau)
+        return grad_logits, grad_tau if for_tau else None, None, None, None
+
+
+class GumbelSoftmaxBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        grad_logits, grad_tau = backward_op(*args)
+        return grad_logits, grad_tau
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.for_tau = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor) -> Any:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+            grads = reference.gumbel_softmax_backward(*leaves, ctx.for_tau)
+        used = 2 if ctx.for_tau else 1
+        return *torch.autograd.grad(grads[:used], leaves, grad_grads[:used]), None

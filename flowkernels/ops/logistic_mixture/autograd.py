@@ -1,0 +1,90 @@
+"""Gradients of logistic_mixture. The inverse keeps its output: from there the implicit function theorem needs no search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._autograd import backward_of, reference_double_backward
+from flowkernels._library import operator, vmap_rows
+from flowkernels.ops.logistic_mixture import reference
+
+_OPTIONS = "float min_log_scale, int law, float[] law_parameters, bool inverse"
+
+
+def _fake(x: Tensor, parameters: Tensor, logdet: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0])
+
+
+def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor, *_: Any) -> Any:
+    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
+
+
+forward_op = operator(
+    f"logistic_mixture(Tensor x, Tensor parameters, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference.logistic_mixture,
+    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 3, 1, None, None, None, None)),
+    fake=_fake,
+)
+backward_op = operator(
+    f"logistic_mixture_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, {_OPTIONS})"
+    " -> (Tensor, Tensor)",
+    reference.logistic_mixture_backward,
+    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 3, None, None, None, None)),
+    fake=_fake_backward,
+)
+
+
+class LogisticMixture(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        y, logdet = forward_op(*args)
+        return y, logdet
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, parameters, _, *ctx.options = inputs
+        inverse = ctx.options[-1]
+        ctx.save_for_backward(x, output[0] if inverse else x, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:  # type: ignore[override]
+        given, x, parameters = ctx.saved_tensors
+        inputs = (grad_y, grad_logdet, x.detach(), parameters, given, *ctx.options)
+        grads = backward_of(LogisticMixtureBackward, _backward, *inputs)
+        return *grads, grad_logdet if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+def _backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor, given: Tensor, *options: Any) -> Any:
+    return backward_op(grad_y, grad_logdet, x, parameters, *options)
+
+
+class LogisticMixtureBackward(torch.autograd.Function):
+    """`given` is the input of the differentiated direction: what second derivatives are taken by."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        grad_x, grad_parameters = _backward(*args)
+        return grad_x, grad_parameters
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad_y, grad_logdet, _, parameters, given, *ctx.options = inputs
+        ctx.save_for_backward(grad_y, grad_logdet, given, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
+        grad_y, grad_logdet, given, parameters = ctx.saved_tensors
+        of_y, of_logdet, of_given, of_parameters = reference_double_backward(
+            lambda x, p: reference.logistic_mixture(x, p, None, *ctx.options),
+            (given, parameters),
+            (grad_y, grad_logdet),
+            grad_grads,
+        )
+        return of_y, of_logdet, None, of_parameters, of_given, None, None, None, None

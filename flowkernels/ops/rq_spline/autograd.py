@@ -1,0 +1,77 @@
+"""Gradients of rq_spline: everything is recomputed from the inputs, nothing but them is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels._autograd import backward_of, reference_double_backward
+from flowkernels._library import operator, vmap_rows
+from flowkernels.ops.rq_spline import reference
+
+_OPTIONS = "int bins, int style, float[] numbers, bool inverse"
+
+
+def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor, *_: Any) -> Any:
+    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
+
+
+forward_op = operator(
+    f"rq_spline(Tensor x, Tensor parameters, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference.rq_spline,
+    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 3, 1, None, None, None, None)),
+)
+backward_op = operator(
+    f"rq_spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, {_OPTIONS})"
+    " -> (Tensor, Tensor)",
+    reference.rq_spline_backward,
+    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 3, None, None, None, None)),
+    fake=_fake_backward,
+)
+
+
+class RqSpline(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        y, logdet = forward_op(*args)
+        return y, logdet
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, parameters, _, *ctx.options = inputs
+        ctx.save_for_backward(x, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:  # type: ignore[override]
+        inputs = (grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options)
+        grads = backward_of(RqSplineBackward, backward_op, *inputs)
+        return *grads, grad_logdet if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+class RqSplineBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        grad_x, grad_parameters = backward_op(*args)
+        return grad_x, grad_parameters
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
+        grad_y, grad_logdet, *inputs = ctx.saved_tensors
+        grads = reference_double_backward(
+            lambda x, parameters: reference.rq_spline(x, parameters, None, *ctx.options),
+            inputs,
+            (grad_y, grad_logdet),
+            grad_grads,
+        )
+        return *grads, None, None, None, None

@@ -1,0 +1,210 @@
+"""Elementwise transforms that carry options of their own: what a coupling or an autoregressive layer does to one feature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowkernels.scales import ScaleLaw, as_law
+
+__all__ = ["LogisticMixture", "RQSpline"]
+
+_DEFAULTS: dict[str, dict[str, float]] = {
+    "nflows": {"bound": 3.0, "min_width": 1e-3, "min_height": 1e-3, "min_slope": 1e-3, "logit_scale": 1.0},
+    "zuko": {"bound": 5.0, "min_slope": 1e-3},
+}
+
+STYLES = tuple(_DEFAULTS)
+MAX_BINS = 64  # csrc/common/rq_spline.h: kMaxBins
+
+
+@dataclass(frozen=True)
+class RQSpline:
+    """A monotonic rational-quadratic spline on [-bound, bound], the identity outside of it.
+
+    A feature has 3 bins - 1 parameters: `bins` widths, `bins` heights and the slopes at the bins - 1 inner knots, in this
+    order, all unconstrained. The slope at both ends is 1, so the spline meets the identity smoothly. How the parameters
+    become bins is the style:
+
+    | style    | widths, heights (as fractions of the interval)          | slopes                             |
+    |----------|---------------------------------------------------------|------------------------------------|
+    | `nflows` | min + (1 - bins min) softmax(logit_scale u)             | min_slope + softplus(u)            |
+    | `zuko`   | softmax(u / (1 + |2 u / log min_slope|))                | exp(u / (1 + |u / log min_slope|)) |
+
+    Args:
+        style: ``"nflows"`` (bound 3, min_width, min_height and min_slope 1e-3, logit_scale 1; nflows' coupling layers divide
+            their logits by the square root of the network's width: that is logit_scale) or ``"zuko"`` (bound 5, min_slope
+            1e-3).
+        bins: 2 to 64.
+
+    Raises:
+        ValueError: an unknown style or parameter, bins out of range, a bound or minimum that is not positive, minima that
+            leave no room for `bins` bins.
+
+    Source: Durkan et al. 2019 (Neural Spline Flows), arXiv:1906.04032.
+    """
+
+    style: str
+    bins: int
+    parameters: tuple[tuple[str, float], ...]
+
+    def __init__(self, style: str = "nflows", bins: int = 8, **parameters: float) -> None:
+        if style not in _DEFAULTS:
+            raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+        if isinstance(bins, bool) or not isinstance(bins, int):
+            raise TypeError(f"bins must be an int, got {type(bins).__name__}")
+        if not 2 <= bins <= MAX_BINS:
+            raise ValueError(f"bins must be 2 to {MAX_BINS}, got {bins}")
+        unknown = sorted(set(parameters) - set(_DEFAULTS[style]))
+        if unknown:
+            allowed = ", ".join(_DEFAULTS[style])
+            raise ValueError(f"style {style!r} has no parameter {unknown[0]!r}; its parameters: {allowed}")
+        values = {key: float(parameters.get(key, default)) for key, default in _DEFAULTS[style].items()}
+        for key, value in values.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{key} must be positive and finite, got {value}")
+        for key in ("min_width", "min_height"):
+            if values.get(key, 0.0) * bins >= 1:
+                raise ValueError(f"{key} must be below 1 / bins = {1 / bins:g}, got {values[key]:g}")
+        if values["min_slope"] >= 1:
+            raise ValueError(f"min_slope must be below 1, the slope at the ends, got {values['min_slope']:g}")
+        object.__setattr__(self, "style", style)
+        object.__setattr__(self, "bins", bins)
+        object.__setattr__(self, "parameters", tuple(values.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.style, self.bins, self.parameters)
+
+    def __repr__(self) -> str:
+        inside = [repr(self.style), f"bins={self.bins}"] + [f"{key}={value:g}" for key, value in self.parameters]
+        return f"RQSpline({', '.join(inside)})"
+
+    @property
+    def params_per_feature(self) -> int:
+        return 3 * self.bins - 1
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """For `flowkernels.plan.Plan`: the parameters of one feature in their order."""
+        inner = range(1, self.bins)
+        return (
+            *(f"width_{k}" for k in range(self.bins)),
+            *(f"height_{k}" for k in range(self.bins)),
+            *(f"slope_{k}" for k in inner),
+        )
+
+    @property
+    def bound(self) -> float:
+        return dict(self.parameters)["bound"]
+
+    @property
+    def code(self) -> int:
+        """The style's number in csrc/common/rq_spline.h."""
+        return STYLES.index(self.style)
+
+    @property
+    def numbers(self) -> list[float]:
+        """The five numbers of csrc/common/rq_spline.h: bound, min_width, min_height, then min_slope and logit_scale, or
+        zuko's two limits."""
+        p = dict(self.parameters)
+        if self.style == "nflows":
+            return [p["bound"], p["min_width"], p["min_height"], p["min_slope"], p["logit_scale"]]
+        return [p["bound"], 0.0, 0.0, 1 / abs(math.log(p["min_slope"])), 2 / abs(math.log(p["min_slope"]))]
+
+    def knots(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """((..., K + 1) x, (..., K + 1) y, (..., K + 1) slope) of the knots, in plain PyTorch: the truth for every backend."""
+        p, k = dict(self.parameters), self.bins
+        widths, heights, slopes = parameters.split([k, k, k - 1], dim=-1)
+        if self.style == "nflows":
+            widths, heights = widths * p["logit_scale"], heights * p["logit_scale"]
+            slopes = p["min_slope"] + F.softplus(slopes)
+        else:
+            limit = math.log(p["min_slope"])
+            widths = widths / (1 + (2 * widths / limit).abs())
+            heights = heights / (1 + (2 * heights / limit).abs())
+            slopes = (slopes / (1 + (slopes / limit).abs())).exp()
+        x = self._edges(widths, p.get("min_width", 0.0))
+        y = self._edges(heights, p.get("min_height", 0.0))
+        return x, y, F.pad(slopes, (1, 1), value=1.0)
+
+    def _edges(self, logits: Tensor, least: float) -> Tensor:
+        fractions = least + (1 - least * self.bins) * torch.softmax(logits, dim=-1)
+        inner = self.bound * (2 * fractions.cumsum(-1)[..., :-1] - 1)
+        ends = torch.full_like(inner[..., :1], self.bound)
+        return torch.cat([-ends, inner, ends], dim=-1)
+
+
+def _rebuild(style: str, bins: int, parameters: tuple[tuple[str, float], ...]) -> RQSpline:
+    return RQSpline(style, bins, **dict(parameters))
+
+
+def spline_of_numbers(bins: int, code: int, numbers: list[float]) -> RQSpline:
+    """The spline whose `bins`, `code` and `numbers` these are: how the reference reads an operator's arguments."""
+    if STYLES[code] == "zuko":
+        return RQSpline("zuko", bins, bound=numbers[0], min_slope=math.exp(-1 / numbers[3]))
+    return RQSpline("nflows", bins, **dict(zip(_DEFAULTS["nflows"], numbers, strict=True)))
+
+
+@dataclass(frozen=True)
+class LogisticMixture:
+    """Flow++'s elementwise transform: distribution function of a mixture of logistics, logit, affine.
+
+    A feature has 3 components + 2 parameters, see `flowkernels.ops.logistic_mixture`.
+
+    Args:
+        components: 1 to 64. law: scale law of the affine part. min_log_scale: smaller logarithms of scales are raised to it.
+
+    Source: Ho et al. 2019 (Flow++), arXiv:1902.00275.
+    """
+
+    components: int = 8
+    law: str | ScaleLaw = "tanh"
+    min_log_scale: float = -7.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.components, bool) or not isinstance(self.components, int):
+            raise TypeError(f"components must be an int, got {type(self.components).__name__}")
+        if not 1 <= self.components <= 64:
+            raise ValueError(f"components must be 1 to 64, got {self.components}")
+        object.__setattr__(self, "law", as_law(self.law))
+
+    @property
+    def params_per_feature(self) -> int:
+        return 3 * self.components + 2
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        kinds = ("logit", "mean", "log_scale")
+        return ("shift", "scale", *(f"{kind}_{k}" for kind in kinds for k in range(self.components)))
+
+
+Transform = ScaleLaw | RQSpline | LogisticMixture
+
+
+def as_transform(transform: str | Transform) -> Transform:
+    """A transform as it is, or the affine transform with the scale law of that name."""
+    return transform if isinstance(transform, (RQSpline, LogisticMixture)) else as_law(transform)
+
+
+def params_per_feature(transform: Transform) -> int:
+    """How many parameters a feature has: 1 (the shift) for the unit law, 2 (shift, scale) for the other laws."""
+    if isinstance(transform, ScaleLaw):
+        return 1 if transform.name == "unit" else 2
+    return transform.params_per_feature
+
+
+def identity_parameters(transform: Transform) -> Tensor:
+    """(P,) parameters from which training may start: the identity, or for a mixture something close to it."""
+    theta = torch.zeros(params_per_feature(transform))
+    if isinstance(transform, RQSpline) and transform.style == "nflows":
+        least = dict(transform.parameters)["min_slope"]
+        theta[2 * transform.bins :] = math.log(math.expm1(1 - least))  # softplus of it is 1 - min_slope
+    if isinstance(transform, LogisticMixture):
+        k = transform.components
+        theta[2 + k : 2 + 2 * k] = torch.linspace(-1.0, 1.0, k) if k > 1 else 0.0
+    return theta

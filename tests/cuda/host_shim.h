@@ -1,0 +1,200 @@
+// CUDA's launch model on the host, enough to run this library's kernels: blocks one after the other, threads as fibers that
+// switch only where the kernel synchronises. A barrier that not every thread reaches is an error here, not a hang, and threads
+// can be run in reverse order, so that a result which depends on a missing barrier shows.
+#pragma once
+// Fibers switch by longjmp: half the price of swapcontext, which asks the kernel for the signal mask each time.
+#undef _FORTIFY_SOURCE
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct uint3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct float4 {
+  float x, y, z, w;
+};
+
+inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local dim3 blockDim, gridDim;
+
+namespace host_shim {
+
+inline constexpr int kWarp = 32;
+inline constexpr size_t kStack = 128 * 1024;
+
+struct Barrier {
+  int waiting = 0;
+  long generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  jmp_buf here;
+  std::vector<char> stack;
+  bool done = false, started = false;
+  // Two, used in turn: a lane may be one exchange ahead of another that has not read yet.
+  alignas(16) unsigned char slot[2][16];
+  unsigned turn = 0;
+};
+
+struct State {
+  jmp_buf back;
+  std::vector<Fiber> fibers;
+  std::vector<Barrier> warps;
+  Barrier block;
+  int current = 0, threads = 0;
+  bool progress = false;
+  std::vector<unsigned char> shared;
+  const std::function<void()>* body = nullptr;
+};
+
+inline State& state() {
+  static State s;
+  return s;
+}
+
+inline int shared_limit() {
+  const char* text = std::getenv("FK_SHIM_SHARED_MEMORY");
+  return text ? std::atoi(text) : 232448;
+}
+
+inline void* shared() { return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(state().shared.data()) + 127) / 128 * 128); }
+
+inline void yield() {
+  State& s = state();
+  if (_setjmp(s.fibers[static_cast<size_t>(s.current)].here) == 0) _longjmp(s.back, 1);
+}
+
+inline void resume(Fiber& f) {
+  State& s = state();
+  if (_setjmp(s.back) != 0) return;
+  if (f.started) _longjmp(f.here, 1);
+  f.started = true;
+  setcontext(&f.context);
+}
+
+inline void wait(Barrier& b, int count) {
+  State& s = state();
+  const long generation = b.generation;
+  if (++b.waiting == count) {
+    b.waiting = 0;
+    ++b.generation;
+    s.progress = true;
+    return;
+  }
+  while (b.generation == generation) yield();
+  s.progress = true;
+}
+
+inline int lanes_of(int warp) {
+  const int rest = state().threads - warp * kWarp;
+  return rest < kWarp ? rest : kWarp;
+}
+
+inline void warp_barrier() {
+  const int warp = state().current / kWarp;
+  wait(state().warps[static_cast<size_t>(warp)], lanes_of(warp));
+}
+
+inline void entry() {
+  State& s = state();
+  (*s.body)();
+  s.fibers[static_cast<size_t>(s.current)].done = true;
+  s.progress = true;
+  _longjmp(s.back, 1);
+}
+
+inline void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body) {
+  State& s = state();
+  if (threads % kWarp || threads > 1024 || threads < 1)
+    throw std::runtime_error(std::string(name) + ": a block must be whole warps, at most 1024 threads");
+  if (shared_bytes > shared_limit()) throw std::runtime_error(std::string(name) + ": too much shared memory");
+  s.threads = threads;
+  s.body = &body;
+  if (s.fibers.size() < static_cast<size_t>(threads)) s.fibers.resize(static_cast<size_t>(threads));
+  const bool reverse = std::getenv("FK_SHIM_REVERSE") != nullptr;
+  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  for (int64_t b = 0; b < blocks; ++b) {
+    // Shared memory begins as rubbish, as on the device: all ones is NaN.
+    s.shared.assign(static_cast<size_t>(shared_bytes) + 128, 0xff);
+    s.warps.assign(static_cast<size_t>((threads + kWarp - 1) / kWarp), Barrier{});
+    s.block = Barrier{};
+    for (int t = 0; t < threads; ++t) {
+      Fiber& f = s.fibers[static_cast<size_t>(t)];
+      f.done = f.started = false;
+      f.turn = 0;
+      if (f.stack.empty()) f.stack.resize(kStack);
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.data();
+      f.context.uc_stack.ss_size = f.stack.size();
+      f.context.uc_link = nullptr;
+      makecontext(&f.context, entry, 0);
+    }
+    for (int left = threads; left > 0;) {
+      s.progress = false;
+      for (int i = 0; i < threads; ++i) {
+        const int t = reverse ? threads - 1 - i : i;
+        Fiber& f = s.fibers[static_cast<size_t>(t)];
+        if (f.done) continue;
+        s.current = t;
+        threadIdx = {static_cast<unsigned>(t), 0, 0};
+        blockIdx = {static_cast<unsigned>(b), 0, 0};
+        resume(f);
+        if (f.done) --left;
+      }
+      if (left > 0 && !s.progress) {
+        std::fprintf(stderr, "%s: a barrier or shuffle that not every thread reaches (block %lld)\n", name,
+                     static_cast<long long>(b));
+        std::abort();
+      }
+    }
+  }
+}
+
+template <class T>
+T exchange(T value, int from) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 16);
+  State& s = state();
+  const int me = s.current, base = me / kWarp * kWarp;
+  const unsigned turn = s.fibers[static_cast<size_t>(me)].turn++ % 2;
+  std::memcpy(s.fibers[static_cast<size_t>(me)].slot[turn], &value, sizeof(T));
+  warp_barrier();
+  T result;
+  std::memcpy(&result, s.fibers[static_cast<size_t>(base + from % kWarp)].slot[turn], sizeof(T));
+  return result;
+}
+
+}  // namespace host_shim
+
+inline void __syncthreads() { host_shim::wait(host_shim::state().block, host_shim::state().threads); }
+inline void __syncwarp(unsigned = 0xffffffffu) { host_shim::warp_barrier(); }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return host_shim::exchange(value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return host_shim::exchange(value, (host_shim::state().current % host_shim::kWarp) ^ mask);
+}
