@@ -106,11 +106,13 @@ class Flow(nn.Module):
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}, but the flow is on {like.device}: use one device")
 
-    def _check_context(self, context: Tensor | None) -> None:
+    def _check_context(self, context: Any) -> None:
         if context is None:
             raise ValueError(f"context is missing: this flow needs one of shape (C, {self.context_features})")
         if not self.context_features:
             raise ValueError("context was given, but this flow was built with context_features=0")
+        if not isinstance(context, Tensor):
+            raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
         if context.dim() != 2 or context.shape[1] != self.context_features:
             raise ValueError(f"context must have shape (C, {self.context_features}), got {tuple(context.shape)}")
 

@@ -166,6 +166,8 @@ def _check(
             check_shape(label, parameter, tuple(mask.shape if i % 2 == 0 else mask.shape[:1]), "as its mask")
     if plan.context_width and context is None:
         raise ValueError(f"context is missing: this plan needs one of shape (N, {plan.context_width})")
+    if context is not None and not plan.context_width:
+        raise ValueError("context was given, but this plan has no context layers")
     if context is not None:
         check_float_tensor("context", context, like=x, like_name=name)
         check_shape("context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width")

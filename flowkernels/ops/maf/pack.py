@@ -38,21 +38,25 @@ class _Pack:
     """Packed weights and what they were packed from.
 
     A parameter is the same as before if it is the same object with the same version (every in-place change counts it up) at
-    the same address. The storages are held, so that no new memory can come to lie at an old address.
+    the same address with the same strides. The storages are held, so that no new memory can come to lie at an old address.
     """
 
     def __init__(self, parameters: Sequence[Tensor], packed: Tensor) -> None:
-        self.states = [(weakref.ref(p), p._version, p.data_ptr()) for p in parameters]
+        self.states = [(weakref.ref(p), p._version, p.data_ptr(), p.stride()) for p in parameters]
         self.storages = [p.untyped_storage() for p in parameters]
         self.packed = packed
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        for p, (owner, version, address) in zip(parameters, self.states, strict=True):
-            if owner() is not p or p._version != version or p.data_ptr() != address:
+        for p, (owner, version, address, stride) in zip(parameters, self.states, strict=True):
+            if owner() is not p or p._version != version or p.data_ptr() != address or p.stride() != stride:
                 return False
         return True
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether functorch or a tensor subclass stands between us and the memory: then nothing may be remembered."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether functorch, a tensor subclass or inference mode hides changes from us: then nothing may be remembered."""
+    return (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_inference()  # counts no versions
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
