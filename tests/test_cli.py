@@ -40,7 +40,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--model", "maf", "all"], "there is no model 'all'"),
         (["demo", "--epochs", "0"], "must be >= 1, got 0"),
         (["demo", "--epochs", "many"], "argument --epochs: 'many' is not a whole number"),
-        (["demo", "--study", "estimators"], "maf has no studies, got 'estimators'"),
+        (["demo", "--model", "maf", "--study", "estimators"], "maf has no studies, got 'estimators'"),
+        (["demo", "--study", "weather"], "got 'weather'"),
         (["demo", "--out", __file__], "is not a directory"),
     ],
 )
