@@ -83,3 +83,15 @@ def test_it_changes_nothing() -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn.Module or left out, got str"):
         fk.explain("maf")
+
+
+@needs_cpu
+def test_a_flow_of_another_library_before_and_after_accelerate() -> None:
+    zuko = pytest.importorskip("zuko")
+    flow = zuko.flows.MAF(features=3, transforms=2, hidden_features=(8,))
+    before = fk.explain(flow)
+    assert "can be accelerated" in before
+    assert ": cpu\n" not in before
+    after = fk.explain(fk.accelerate(flow))
+    assert "can be accelerated" not in after
+    assert ": cpu\n    accelerated: " in after
