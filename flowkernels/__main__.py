@@ -31,9 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="versions, backends, and why each is or isn't available")
     run = commands.add_parser("demo", help="fit a model to real images and sample it, fast and naively")
     run.set_defaults(parser=run)
-    run.add_argument(
-        "--model", nargs="+", default=["maf"], metavar="NAME", help=f"{', '.join(demo.models())} or all (default: maf)"
-    )
+    run.add_argument("--model", nargs="+", metavar="NAME", help=f"{', '.join(demo.models())} or all (default: maf)")
     run.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="where the pictures go (default: out)"
     )
@@ -48,7 +46,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
     return value
@@ -56,16 +57,19 @@ def _positive(text: str) -> int:
 
 def _demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     known = demo.models()
-    names = known if options.model == ["all"] else list(dict.fromkeys(options.model))
+    given = options.model or (known if options.study else ["maf"])
+    names = known if given == ["all"] else list(dict.fromkeys(given))
     if unknown := [name for name in names if name not in known]:
         parser.error(f"argument --model: there is no model {unknown[0]!r}, choose from {', '.join(known)}")
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"argument --out: {options.out} is not a directory")
     modules = [importlib.import_module(f"flowkernels.demo.{name}") for name in names]
-    for name, module in zip(names, modules, strict=True):
-        studies = getattr(module, "STUDIES", ())
-        if options.study is not None and options.study not in studies:
-            parser.error(f"argument --study: {name} has {', '.join(studies) or 'no studies'}, got {options.study!r}")
+    if options.study is not None:
+        studies = {study for module in modules for study in getattr(module, "STUDIES", ())}
+        modules = [module for module in modules if options.study in getattr(module, "STUDIES", ())]
+        if not modules:
+            there = ", ".join(sorted(studies)) or "no studies"
+            parser.error(f"argument --study: {', '.join(names)} has {there}, got {options.study!r}")
     from flowkernels.demo.common import Options
 
     chosen = Options(options.out, options.quick, options.epochs, options.study, options.seed)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowkernels import _backend, _library
 from flowkernels._version import __version__
+from flowkernels.integrations import describe as describe_peers
 from flowkernels.nn import MADE, AutoregressiveTransform, MaskedLinear
 from flowkernels.plan import Plan
 
@@ -19,6 +20,10 @@ _WHAT = {
     "triton": "Triton",
     "cuda": "CUDA C++",
 }
+
+_PLAIN = "plain PyTorch"
+# What `integrations.describe` says of modules that it does not know.
+_UNKNOWN = ("left: not a flow", "left: its parts", "left: no kernel")
 
 
 def explain(model: nn.Module | None = None) -> str:
@@ -88,10 +93,21 @@ def _module(model: nn.Module) -> str:
     parts: dict[tuple[str, str, str], list[str]] = {}  # kind, backend, what -> the names of the modules alike
     reasons: dict[str, None] = {}  # a set that keeps its order
     seen: set[nn.Module] = set()
+    peers = {entry.name: entry for entry in describe_peers(model)}
     for name, module in model.named_modules():
         if module in seen:
             continue
         kind, text = type(module).__name__, describe(module)
+        peer = peers.get(name)
+        if text is None and peer is not None and not peer.what.startswith(_UNKNOWN):
+            # A module of another library, as its integration describes it.
+            backend, reason = "torch", "layers that call no flowkernels operator run as PyTorch runs them"
+            if peer.what.startswith("accelerated: "):
+                backend, reason = _decide(next(module.parameters(), torch.empty(0)))
+            seen.update(module.modules())
+            reasons.setdefault(f"{backend}: {reason}")
+            parts.setdefault((peer.kind, backend, peer.what), []).append(name)
+            continue
         if text is not None:
             seen.update(child for child in module.modules() if describe(child) is not None)
             backend, reason = _decide(next(module.parameters(), torch.empty(0)))
@@ -99,13 +115,13 @@ def _module(model: nn.Module) -> str:
             parts.setdefault((kind, backend, text), []).append(name)
         elif next(module.parameters(recurse=False), None) is not None:
             reasons.setdefault("torch: layers that call no flowkernels operator run as PyTorch runs them")
-            parts.setdefault((kind, "torch", "plain PyTorch"), []).append(name)
+            parts.setdefault((kind, "torch", _PLAIN), []).append(name)
     parameters = list(model.parameters())
     lines = [f"{type(model).__name__}: {sum(p.numel() for p in parameters):,} parameters"]
     places = sorted({f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for p in parameters})
     if places:
         lines[0] += f", {' and '.join(places)}"
-    if not any(backend != "torch" for _, backend, _ in parts):
+    if all(text == _PLAIN for _, _, text in parts):
         return f"{lines[0]}\n  nothing in it calls a flowkernels operator"
     for (kind, backend, text), names in parts.items():
         many = f"{len(names)} x " if len(names) > 1 else ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pkgutil
 
-_SHARED = ("common", "density", "report")
+_SHARED = ("common", "density", "digits", "estimators", "report")
 
 
 def models() -> list[str]:

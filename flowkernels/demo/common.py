@@ -68,7 +68,7 @@ class Dequantizer:
     the logit from stretching black and white over the whole line (Dinh et al. 2017, arXiv:1605.08803).
     """
 
-    def __init__(self, margin: float = 0.05) -> None:
+    def __init__(self, margin: float = 0.01) -> None:
         self.margin = margin
 
     def encode(self, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships: 1797 images of 8 x 8 pixels, entries 0 .. 16."""
+"""The handwritten digits as latent-variable models take them: 16 binomial trials for each pixel."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from flowkernels.demo import common
+
 LEVELS = 16
 SIDE = 8
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """(training images (1437, 64), test images (360, 64)), float32, in one fixed random order."""
-    from sklearn.datasets import load_digits as load
-
-    x = torch.tensor(load().data, dtype=torch.float32)
-    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    return x[:1437], x[1437:]
+    """(training images (1527, 64), test images (270, 64)), float32; the test images are those of every demo."""
+    digits = common.load_digits()
+    return torch.cat([digits.train, digits.valid]), digits.test
 
 
 def bits_per_dim(elbo: Tensor) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 
+from flowkernels.demo import estimators
+from flowkernels.demo.common import Options
 from flowkernels.demo.digits import LEVELS, bits_per_dim, load_digits, save_picture
 from flowkernels.models import DiscreteVAE
+
+STUDIES = ("estimators",)
 
 
 def train(
@@ -23,7 +26,7 @@ def train(
     # The decoder starts from the mean image.
     mean = (train_x.mean(0) / LEVELS).clamp(0.01, 0.99)
     with torch.no_grad():
-        model.decoder[-1].bias.copy_(mean.logit())  # type: ignore[operator, union-attr]
+        model.decoder[-1].bias.copy_(mean.logit())  # type: ignore[operator]
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     curve = []
@@ -32,7 +35,7 @@ def train(
         tau = max(0.5, math.exp(-2 * epoch / epochs))
         options = {"baseline": "leave_one_out", "samples": 4} if estimator == "score_function" else {"tau": tau}
         for batch in train_x[torch.randperm(len(train_x))].split(64):
-            loss = -model.elbo(batch, estimator=estimator, **options).mean()  # type: ignore[arg-type]
+            loss = -model.elbo(batch, estimator=estimator, **options).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -44,11 +47,13 @@ def train(
     return model, curve
 
 
-def run(out_dir: str | Path, quick: bool = False) -> None:
-    """Trains, prints ELBO in nats and bits/dim, and draws reconstructions and samples into out_dir/dvae.png."""
-    out = Path(out_dir)
+def run(options: Options) -> None:
+    """Trains, prints ELBO in nats and bits/dim, and draws reconstructions and samples into <out>/dvae.png."""
+    if options.study == "estimators":
+        return estimators.run(options)
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    model, curve = train(3 if quick else 100)
+    model, curve = train(options.epochs or (3 if options.quick else 100), seed=options.seed)
     _, test_x = load_digits()
     elbo = model.elbo(test_x, estimator="score_function", samples=16).detach()
     print(f"test ELBO {float(elbo.mean()):.2f} nats, {bits_per_dim(elbo):.3f} bits/dim")

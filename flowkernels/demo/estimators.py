@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flowkernels.demo.common import Options
 from flowkernels.objectives import elbo_discrete
 
 TAUS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.05)
@@ -48,7 +48,12 @@ def gradients(estimator: str, tau: float | None, draws: int, seed: int) -> Tenso
         estimator, baseline = "score_function", "leave_one_out"
         options = {"samples": 4}
     value = elbo_discrete(
-        many, lambda z: log_likelihood(z, weights), estimator=estimator, baseline=baseline, seed=seed, **options  # type: ignore[arg-type]
+        many,
+        lambda z: log_likelihood(z, weights),
+        estimator=estimator,
+        baseline=baseline,
+        seed=seed,
+        **options,  # type: ignore[arg-type]
     )
     (grad,) = torch.autograd.grad(value.sum(), many)
     return grad.flatten(1)
@@ -71,16 +76,16 @@ def study(draws: int = 200_000, seed: int = 0) -> list[Measured]:
     return results
 
 
-def run(out_dir: str | Path, quick: bool = False) -> None:
-    """Prints the table, and draws bias and variance over tau into out_dir/estimators.png."""
+def run(options: Options) -> None:
+    """Prints the table, and draws bias and variance over tau into <out>/estimators.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    out = Path(out_dir)
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    results = study(5_000 if quick else 400_000)
+    results = study(5_000 if options.quick else 400_000, options.seed)
     lines = [f"{'estimator':<30}{'tau':>6}{'bias':>10}{'+-':>9}{'variance':>12}"]
     for r in results:
         tau = "" if r.tau is None else f"{r.tau:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowkernels.demo import density
@@ -18,7 +19,7 @@ def _hidden(quick: bool) -> int:
 
 
 def build(quick: bool) -> MAF:
-    return MAF(PIXELS, (_hidden(quick),) * 2, TRANSFORMS)
+    return MAF(PIXELS, (_hidden(quick),) * 2, TRANSFORMS, activation="tanh")
 
 
 class Nflows(nn.Module):
@@ -35,7 +36,9 @@ class Nflows(nn.Module):
             layers += [ReversePermutation(PIXELS)] if i else []
             # One block of one layer after the first: two hidden layers.
             layers += [
-                MaskedAffineAutoregressiveTransform(PIXELS, _hidden(quick), num_blocks=1, use_residual_blocks=False)
+                MaskedAffineAutoregressiveTransform(
+                    PIXELS, _hidden(quick), num_blocks=1, use_residual_blocks=False, activation=torch.tanh
+                )
             ]
         self.flow = Flow(CompositeTransform(layers), StandardNormal([PIXELS]))
 
@@ -55,7 +58,7 @@ class Zuko(nn.Module):
         super().__init__()
         from zuko.flows import MAF as ZukoMAF
 
-        self.flow = ZukoMAF(PIXELS, transforms=TRANSFORMS, hidden_features=(_hidden(quick),) * 2)
+        self.flow = ZukoMAF(PIXELS, transforms=TRANSFORMS, hidden_features=(_hidden(quick),) * 2, activation=nn.Tanh)
 
     def log_prob(self, y: Tensor) -> Tensor:
         value: Tensor = self.flow().log_prob(y)
@@ -73,7 +76,7 @@ def run(options: Options) -> None:
             build,
             peers={"nflows": Nflows, "zuko": Zuko},
             naive=f"{PIXELS} passes through each of {TRANSFORMS} networks, plain PyTorch",
-            training={"epochs": 100, "lr": 3e-3, "weight_decay": 1.0},
+            training={"epochs": 100, "lr": 5e-3, "weight_decay": 1.0},
         ),
         options,
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from flowkernels.demo.common import Options
 from flowkernels.demo.digits import LEVELS, SIDE, bits_per_dim, load_digits, save_picture
 from flowkernels.models import VQVAE
 
@@ -41,11 +40,11 @@ def train(epochs: int, *, seed: int = 0, progress: bool = True) -> tuple[VQVAE, 
     return model, curve
 
 
-def run(out_dir: str | Path, quick: bool = False) -> None:
-    """Trains, prints ELBO in nats and bits/dim, and draws reconstructions and samples into out_dir/vqvae.png."""
-    out = Path(out_dir)
+def run(options: Options) -> None:
+    """Trains, prints ELBO in nats and bits/dim, and draws reconstructions and samples into <out>/vqvae.png."""
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    model, curve = train(2 if quick else 60)
+    model, curve = train(options.epochs or (2 if options.quick else 60), seed=options.seed)
     test_x = load_digits()[1].reshape(-1, 1, SIDE, SIDE)
     with torch.no_grad():
         elbo = model.elbo(test_x)
