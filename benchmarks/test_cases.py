@@ -24,7 +24,7 @@ OPTIONS = core.Options(peers=os.environ.get("FLOWKERNELS_BENCH_PEERS", "1") != "
 @lru_cache(maxsize=1)  # pytest goes through the variants of one case before it comes to the next
 def prepared(case: core.Case) -> tuple[core.Problem, dict[str, core.Variant]]:
     torch.manual_seed(0)
-    torch.compiler.reset()
+    core.forget_compiled()
     problem = case.prepare(OPTIONS)
     variants = {v.name: v for v in problem.variants if OPTIONS.wants(v.kind, v.name)}
     with torch.set_grad_enabled(problem.grad):
