@@ -116,7 +116,7 @@ class Case:
 
     op: str
     what: str
-    size: Mapping[str, int | str]
+    size: Mapping[str, int | str] = field(hash=False)
     prepare: Callable[[Options], Problem] = field(compare=False)
     sweep: str | None = None
 
