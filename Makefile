@@ -158,7 +158,7 @@ test: $(READY) $(PEERS) ## run the tests
 
 bench: $(READY) $(PEERS) ## time every operator beside plain PyTorch and the peers
 	$(say_missing)
-	@$(PY) -m flowkernels bench $(ARGS)
+	@$(PY) -m flowkernels bench --peers $(ARGS)
 
 gpu: $(READY) $(PEERS) ## build, test and time on a CUDA device
 	@[ -f benchmarks/gpu.py ] || [ -f benchmarks/gpu/__main__.py ] \

@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flowkernels bench",
         description="Times every operator and model beside plain PyTorch, torch.compile and other libraries. All"
-        " results of a case are compared first; a case in which one is wrong gives no figures, and the exit status is 1.",
+        " results of a case are compared first; if one is wrong, the case gives no figures and the exit status is 1.",
     )
     parser.add_argument(
         "--op", action="append", default=[], metavar="NAME", help="only this operator or family; repeatable"

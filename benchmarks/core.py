@@ -15,6 +15,7 @@ import gc
 import importlib
 import math
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,7 +88,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Options:
-    """What a run was asked for: variants of these kinds, without these names, this long for each variant."""
+    """What a run was asked for.
+
+    `skip` holds kinds and names; a name up to its comma is enough. `seconds` is how long each variant is timed.
+    """
 
     peers: bool = False
     quick: bool = False
@@ -95,7 +99,7 @@ class Options:
     seconds: float = 1.0
 
     def wants(self, kind: str, name: str) -> bool:
-        return (kind != PEER or self.peers) and name not in self.skip and kind not in self.skip
+        return (kind != PEER or self.peers) and not {name, name.split(",")[0], kind} & set(self.skip)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Case:
 
     op: str
     what: str
-    size: Mapping[str, int | str]
+    size: Mapping[str, int | str] = field(hash=False)
     prepare: Callable[[Options], Problem] = field(compare=False)
     sweep: str | None = None
 
@@ -158,8 +162,20 @@ def peer(name: str) -> Any:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` for the sizes at hand. The first call compiles; that is before anything is timed."""
-    call: Callable[..., Any] = torch.compile(function, dynamic=False)
+    made: list[Callable[..., Any]] = []
+
+    def call(*arguments: Any) -> Any:
+        if not made:  # not before: the compiler takes seconds to import
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*arguments)
+
     return call
+
+
+def forget_compiled() -> None:
+    """Every case compiles for its own sizes; without this, dynamo would count the former ones as recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 # ---- checking --------------------------------------------------------------------------------------------------------
@@ -354,7 +370,7 @@ def run_case(
         "notes": [],
     }
     torch.manual_seed(0)
-    torch.compiler.reset()
+    forget_compiled()
     gc.collect()
     try:
         problem = case.prepare(options)

@@ -63,7 +63,8 @@ def figures(document: Mapping[str, Any], pictures: list[Path], source: Path) -> 
     parts = [
         f"Measured {document['date']} at commit `{document['commit']}`{' with changes' * document['changed']} on"
         f" {device['processor']}, {device['cores']} cores, {device['threads']} threads, {device['isa']}, float32;"
-        f" {libraries}, Python {versions['python']}. Copy {limits['copy_gbs']:.0f} GB/s, GEMM {limits['gemm_gflops']:.0f} GFLOP/s."
+        f" {libraries}, Python {versions['python']}. Copy {limits['copy_gbs']:.0f} GB/s,"
+        f" GEMM {limits['gemm_gflops']:.0f} GFLOP/s."
         f" All variants in turns in one run, every result checked against float64 before it was timed."
         f" Everything: [`{_relative(source)}`]({_relative(source)}).",
     ]
