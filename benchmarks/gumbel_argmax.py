@@ -1,6 +1,6 @@
 """gumbel_argmax beside torch.multinomial on softmaxed logits, at 65536 x 256.
 
-    python -m pytest benchmarks/gumbel_argmax.py --benchmark-group-by=group
+python -m pytest benchmarks/gumbel_argmax.py --benchmark-group-by=group
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """gumbel_softmax beside torch.nn.functional.gumbel_softmax, eager and compiled, at 65536 x 256.
 
-    python -m pytest benchmarks/gumbel_softmax.py --benchmark-group-by=group
+python -m pytest benchmarks/gumbel_softmax.py --benchmark-group-by=group
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ def logits() -> torch.Tensor:
     return torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0))
 
 
-CALLS = {"flowkernels": fk.ops.gumbel_softmax, "torch": F.gumbel_softmax, "compiled": torch.compile(F.gumbel_softmax)}
+CALLS = {
+    "flowkernels": fk.ops.gumbel_softmax,
+    "torch": F.gumbel_softmax,
+    "compiled": torch.compile(F.gumbel_softmax),
+}
 
 
 @pytest.mark.parametrize("name", CALLS)

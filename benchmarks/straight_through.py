@@ -1,6 +1,6 @@
 """straight_through beside the lines that it replaces, at 65536 x 256.
 
-    python -m pytest benchmarks/straight_through.py --benchmark-group-by=group
+python -m pytest benchmarks/straight_through.py --benchmark-group-by=group
 """
 
 from __future__ import annotations

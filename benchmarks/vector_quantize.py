@@ -1,6 +1,6 @@
 """vector_quantize and nearest_code beside torch.cdist(x, codebook).argmin(-1), 65536 vectors of 64 and 1024 codes.
 
-    python -m pytest benchmarks/vector_quantize.py --benchmark-group-by=group
+python -m pytest benchmarks/vector_quantize.py --benchmark-group-by=group
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ def draw_stream(seed: Seed = None, device: torch.device | str | None = None) -> 
             raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
         return Stream(seed.reshape(()).to(device), 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be None, an int, an int64 tensor or a torch.Generator, got {type(seed).__name__}")
+        raise TypeError(
+            f"seed must be None, an int, an int64 tensor or a torch.Generator, got {type(seed).__name__}"
+        )
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     return Stream(torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device), 0)
@@ -79,7 +81,12 @@ def philox(seed: Tensor, stream: int, block: Tensor) -> Tensor:
     for _ in range(10):
         # int64 wraps modulo 2^64, so shifting and masking read both halves of the unsigned product.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return torch.stack((c0, c1, c2, c3), -1)
 

@@ -30,7 +30,9 @@ def train(
     bar = tqdm(range(epochs), desc=f"discrete VAE, {estimator}", disable=not progress)
     for epoch in bar:
         tau = max(0.5, math.exp(-2 * epoch / epochs))
-        options = {"baseline": "leave_one_out", "samples": 4} if estimator == "score_function" else {"tau": tau}
+        options = (
+            {"baseline": "leave_one_out", "samples": 4} if estimator == "score_function" else {"tau": tau}
+        )
         for batch in train_x[torch.randperm(len(train_x))].split(64):
             loss = -model.elbo(batch, estimator=estimator, **options).mean()  # type: ignore[arg-type]
             optimizer.zero_grad()

@@ -48,7 +48,12 @@ def gradients(estimator: str, tau: float | None, draws: int, seed: int) -> Tenso
         estimator, baseline = "score_function", "leave_one_out"
         options = {"samples": 4}
     value = elbo_discrete(
-        many, lambda z: log_likelihood(z, weights), estimator=estimator, baseline=baseline, seed=seed, **options  # type: ignore[arg-type]
+        many,
+        lambda z: log_likelihood(z, weights),
+        estimator=estimator,
+        baseline=baseline,
+        seed=seed,
+        **options,  # type: ignore[arg-type]
     )
     (grad,) = torch.autograd.grad(value.sum(), many)
     return grad.flatten(1)
@@ -58,7 +63,9 @@ def measure(estimator: str, tau: float | None, draws: int, seed: int = 0) -> Mea
     exact = gradients("exact", None, 1, 0)[0]
     grads = gradients(estimator, tau, draws, seed)
     variance = float(grads.var(0).sum())
-    return Measured(estimator, tau, float((grads.mean(0) - exact).norm()), (variance / draws) ** 0.5, variance)
+    return Measured(
+        estimator, tau, float((grads.mean(0) - exact).norm()), (variance / draws) ** 0.5, variance
+    )
 
 
 def study(draws: int = 200_000, seed: int = 0) -> list[Measured]:
@@ -92,7 +99,9 @@ def run(out_dir: str | Path, quick: bool = False) -> None:
     for name in dict.fromkeys(r.estimator for r in results):
         of_name = [r for r in results if r.estimator == name]
         if of_name[0].tau is None:
-            of_name = [Measured(name, tau, of_name[0].bias, of_name[0].error, of_name[0].variance) for tau in TAUS]
+            of_name = [
+                Measured(name, tau, of_name[0].bias, of_name[0].error, of_name[0].variance) for tau in TAUS
+            ]
         style = "--" if name.startswith(("straight", "score")) else "o-"
         taus = [r.tau for r in of_name]
         left.errorbar(taus, [r.bias for r in of_name], [r.error for r in of_name], fmt=style, label=name)

@@ -50,7 +50,9 @@ def run(out_dir: str | Path, quick: bool = False) -> None:
     with torch.no_grad():
         elbo = model.elbo(test_x)
     used = float(model.quantizer.perplexity())
-    print(f"test ELBO {float(elbo.mean()):.2f} nats, {bits_per_dim(elbo):.3f} bits/dim; {used:.1f} of 32 codes in use")
+    print(
+        f"test ELBO {float(elbo.mean()):.2f} nats, {bits_per_dim(elbo):.3f} bits/dim; {used:.1f} of 32 codes in use"
+    )
     rows = {
         "digits": test_x[:16],
         "reconstructions": model.reconstruct(test_x[:16]),

@@ -52,7 +52,12 @@ class DiscreteVAE(nn.Module):
         levels: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("features", features), ("latents", latents), ("categories", categories), ("levels", levels)):
+        for name, value in (
+            ("features", features),
+            ("latents", latents),
+            ("categories", categories),
+            ("levels", levels),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.features, self.latents, self.categories, self.levels = features, latents, categories, levels

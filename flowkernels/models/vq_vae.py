@@ -76,7 +76,9 @@ class VQVAE(nn.Module):
     def elbo(self, x: Tensor) -> Tensor:
         """Lower bound of log p(x) in nats, (N,): log p(x|z_q) - (number of codes) log K."""
         index = self.encode(x)
-        return self._log_likelihood(x, self.decode(index)) - index[0].numel() * math.log(len(self.quantizer.counts))
+        return self._log_likelihood(x, self.decode(index)) - index[0].numel() * math.log(
+            len(self.quantizer.counts)
+        )
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowkernels.ops.vector_quantize import Quantized, code_sums, nearest_code, vector_quantize, vector_quantize_ema_
+from flowkernels.ops.vector_quantize import (
+    Quantized,
+    code_sums,
+    nearest_code,
+    vector_quantize,
+    vector_quantize_ema_,
+)
 from flowkernels.random import gumbel
 
 

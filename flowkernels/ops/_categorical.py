@@ -13,7 +13,9 @@ def check_dim(x: Tensor, dim: int, name: str = "logits") -> int:
     if x.dim() < 1:
         raise ValueError(f"{name} must have at least one dimension, the categories, got a scalar")
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim must lie in [{-x.dim()}, {x.dim() - 1}] for {name} of shape {tuple(x.shape)}, got {dim}")
+        raise ValueError(
+            f"dim must lie in [{-x.dim()}, {x.dim() - 1}] for {name} of shape {tuple(x.shape)}, got {dim}"
+        )
     return dim % x.dim()
 
 

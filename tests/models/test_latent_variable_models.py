@@ -74,7 +74,9 @@ def test_exact_estimator_agrees_with_samples_of_a_mixture() -> None:
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e)
     # Every sample has the value log p(x) there: an estimator of variance zero.
-    sampled = elbo_discrete(posterior, target, estimator="score_function", entropy="sampled", samples=9, seed=1)
+    sampled = elbo_discrete(
+        posterior, target, estimator="score_function", entropy="sampled", samples=9, seed=1
+    )
     torch.testing.assert_close(sampled, model.log_prob(x))
 
 
@@ -87,7 +89,9 @@ def test_mixture_against_scikit_learn() -> None:
         model.means.copy_(torch.tensor(theirs.means_))
         model.log_scales.copy_(torch.tensor(theirs.covariances_).log() / 2)
     torch.testing.assert_close(model.log_prob(x), torch.tensor(theirs.score_samples(x.numpy())))
-    torch.testing.assert_close(model.posterior(x).exp(), torch.tensor(theirs.predict_proba(x.numpy())), atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(
+        model.posterior(x).exp(), torch.tensor(theirs.predict_proba(x.numpy())), atol=1e-9, rtol=1e-6
+    )
 
 
 def test_em_never_lowers_the_likelihood_and_finds_the_components() -> None:

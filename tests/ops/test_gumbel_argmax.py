@@ -126,7 +126,9 @@ def test_opcheck() -> None:
 
 
 def test_vmap() -> None:
-    testing.check_vmap(lambda x: gumbel_argmax(x, 3, seed=1)[1], [testing.random_tensor((3, 4, 5), torch.float64)], [0])
+    testing.check_vmap(
+        lambda x: gumbel_argmax(x, 3, seed=1)[1], [testing.random_tensor((3, 4, 5), torch.float64)], [0]
+    )
 
 
 def test_deterministic_and_the_same_on_every_thread_count() -> None:

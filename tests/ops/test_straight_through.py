@@ -106,13 +106,20 @@ def test_how_pytorch_may_call_it(kind: str, sample: bool) -> None:
     ("arguments", "options", "error", "message"),
     [
         ((torch.zeros(3, dtype=torch.int64),), {}, TypeError, "x must be float64"),
-        ((torch.zeros(3), "round"), {}, ValueError, "kind must be one of threshold, categorical, got 'round'"),
+        (
+            (torch.zeros(3), "round"),
+            {},
+            ValueError,
+            "kind must be one of threshold, categorical, got 'round'",
+        ),
         ((torch.zeros(3),), {"threshold": math.nan}, ValueError, "threshold must be a number"),
         ((torch.zeros(3), "categorical"), {"dim": 1}, ValueError, r"dim must lie in \[-1, 0\]"),
         ((torch.zeros(3, 0), "categorical"), {}, ValueError, "x must have a category"),
         ((torch.zeros(()), "categorical"), {}, ValueError, "at least one dimension"),
     ],
 )
-def test_bad_input(backend: str, arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(
+    backend: str, arguments: tuple, options: dict, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         straight_through(*arguments, **options)

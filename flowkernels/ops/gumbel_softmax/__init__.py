@@ -91,7 +91,9 @@ def _tau_rows(tau: float | Tensor, logits: Tensor, dim: int, shape: torch.Size) 
     per_row = tau.to(logits.device)
     if tau.dim() == logits.dim():
         if tau.shape[dim] != 1:
-            raise ValueError(f"tau must have size 1 in dimension {dim}, the categories, got shape {tuple(tau.shape)}")
+            raise ValueError(
+                f"tau must have size 1 in dimension {dim}, the categories, got shape {tuple(tau.shape)}"
+            )
         per_row = per_row.squeeze(dim)
     try:
         per_row = per_row.expand(shape[:-1])

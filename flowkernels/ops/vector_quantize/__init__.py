@@ -89,7 +89,12 @@ def _check(x: Tensor, codebook: Tensor, dim: int) -> int:
     dim = check_dim(x, dim, "x")
     if codebook.dim() != 2 or codebook.shape[0] < 1:
         raise ValueError(f"codebook must have shape (codes >= 1, features), got {tuple(codebook.shape)}")
-    check_shape("codebook", codebook, (codebook.shape[0], x.shape[dim]), f"one row per code, x's size in dimension {dim}")
+    check_shape(
+        "codebook",
+        codebook,
+        (codebook.shape[0], x.shape[dim]),
+        f"one row per code, x's size in dimension {dim}",
+    )
     return dim
 
 

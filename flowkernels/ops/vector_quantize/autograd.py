@@ -44,7 +44,9 @@ class VectorQuantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, commitment: float, codebook_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor, codebook: Tensor, commitment: float, codebook_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         quantized, index, distance = forward_op(x, codebook)
         return quantized, index, (commitment + codebook_weight) * distance
 
