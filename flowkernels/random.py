@@ -7,9 +7,9 @@ The noise of an element depends on (seed, stream, element) and nothing else::
     word    = element % 4 of the four words that come out
 
 so it can be drawn again instead of being stored, in any order, on any device. Seeds come from torch's generators: what
-`torch.manual_seed` fixes stays fixed, and recomputation under activation checkpointing, which restores torch's generator,
-sees the same noise. The upper half of the stream number is the rank, so the ranks of a distributed job draw different noise
-even if each of them calls ``torch.manual_seed(0)``.
+`torch.manual_seed` fixes stays fixed, and recomputation under activation checkpointing, which restores torch's
+generator, sees the same noise. The upper half of the stream number is the rank, so the ranks of a distributed job draw
+different noise even if each of them calls ``torch.manual_seed(0)``.
 
 Source: Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -45,8 +45,8 @@ def draw_stream(seed: Seed = None, device: torch.device | str | None = None) -> 
     """The stream that `seed` names.
 
     Args:
-        seed: None draws from torch's default generator of `device`, a `torch.Generator` from that one; both give this rank its
-            own stream. An int or an int64 tensor of one element is taken as it is, on every rank.
+        seed: None draws from torch's default generator of `device`, a `torch.Generator` from that one; both give this
+            rank its own stream. An int or an int64 tensor of one element is taken as it is, on every rank.
         device: where the seed tensor shall be, the CPU by default.
     """
     device = torch.device("cpu") if device is None else torch.device(device)
@@ -59,9 +59,7 @@ def draw_stream(seed: Seed = None, device: torch.device | str | None = None) -> 
             raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")
         return Stream(seed.reshape(()).to(device), 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(
-            f"seed must be None, an int, an int64 tensor or a torch.Generator, got {type(seed).__name__}"
-        )
+        raise TypeError(f"seed must be None, an int, an int64 tensor or a torch.Generator, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     return Stream(torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device), 0)
@@ -109,7 +107,7 @@ def gumbel_of_words(word: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def normal_of_words(pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Box and Muller: a pair of words (w0, w1) gives r cos a and r sin a, a = 2 pi w1 / 2^32 and r = sqrt(-2 log v0)."""
+    """Box and Muller: words (w0, w1) give r cos a and r sin a with a = 2 pi w1 / 2^32 and r = sqrt(-2 log v0)."""
     radius = (-2 * uniform_of_words(pairs[..., 0], dtype).log()).sqrt()
     angle = pairs[..., 1].double() * (2 * math.pi * 2.0**-32)
     return torch.stack((radius * angle.cos().to(dtype), radius * angle.sin().to(dtype)), -1)
@@ -177,5 +175,5 @@ def normal(
 def gumbel(
     *size: int, seed: Seed = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Standard Gumbel noise -log(-log v), tails to +22.9: a category of probability 2^-28 is still drawn when it should be."""
+    """Standard Gumbel noise -log(-log v), tails to +22.9: 2^-28 of the time it is above 19.4, as it should be."""
     return _draw("gumbel", size, seed, dtype, device)

@@ -39,9 +39,7 @@ def run(options: Options) -> None:
     assert isinstance(last, nn.Linear)
     start_from_mean(last.bias, digits)
     objective = Bound(model, epochs * -(-len(digits.train) // 64) // 2)
-    curve = fit(
-        model, objective, digits, label="discrete VAE", epochs=epochs, batch=64, lr=2e-3, seed=options.seed
-    )
+    curve = fit(model, objective, digits, label="discrete VAE", epochs=epochs, batch=64, lr=2e-3, seed=options.seed)
     with fixed_noise(options.seed), torch.no_grad():
         pictures = {
             "digits": digits.test,

@@ -64,9 +64,7 @@ def measure(estimator: str, tau: float | None, draws: int, seed: int = 0) -> Mea
     exact = gradients("exact", None, 1, 0)[0]
     grads = gradients(estimator, tau, draws, seed)
     variance = float(grads.var(0).sum())
-    return Measured(
-        estimator, tau, float((grads.mean(0) - exact).norm()), (variance / draws) ** 0.5, variance
-    )
+    return Measured(estimator, tau, float((grads.mean(0) - exact).norm()), (variance / draws) ** 0.5, variance)
 
 
 def study(draws: int = 200_000, seed: int = 0) -> list[Measured]:

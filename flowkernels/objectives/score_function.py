@@ -22,9 +22,7 @@ def score_function_surrogate(value: Tensor, log_prob: Tensor, baseline: Tensor |
     Sources: Williams 1992; Schulman et al. 2015, arXiv:1506.05254.
     """
     if value.shape != log_prob.shape:
-        raise ValueError(
-            f"log_prob must have value's shape {tuple(value.shape)}, got {tuple(log_prob.shape)}"
-        )
+        raise ValueError(f"log_prob must have value's shape {tuple(value.shape)}, got {tuple(log_prob.shape)}")
     return value + (value - baseline).detach() * (log_prob - log_prob.detach())
 
 
@@ -34,15 +32,13 @@ def leave_one_out(value: Tensor) -> Tensor:
     Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!".
     """
     if value.dim() < 1 or value.shape[0] < 2:
-        raise ValueError(
-            f"leave_one_out needs at least 2 samples in dimension 0, got shape {tuple(value.shape)}"
-        )
+        raise ValueError(f"leave_one_out needs at least 2 samples in dimension 0, got shape {tuple(value.shape)}")
     value = value.detach()
     return (value.sum(0) - value) / (value.shape[0] - 1)
 
 
 class MovingAverage(nn.Module):
-    """Baseline that follows the mean of the values so far, exponentially forgetting, without the bias of its start at 0."""
+    """Baseline that follows the mean of the values so far, exponentially forgetting, unbiased from the start."""
 
     mean: Tensor
     weight: Tensor

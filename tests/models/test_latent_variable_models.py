@@ -77,9 +77,7 @@ def test_exact_estimator_agrees_with_samples_of_a_mixture() -> None:
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e)
     # Every sample has the value log p(x) there: an estimator of variance zero.
-    sampled = elbo_discrete(
-        posterior, target, estimator="score_function", entropy="sampled", samples=9, seed=1
-    )
+    sampled = elbo_discrete(posterior, target, estimator="score_function", entropy="sampled", samples=9, seed=1)
     torch.testing.assert_close(sampled, model.log_prob(x))
 
 

@@ -139,9 +139,7 @@ def test_baselines() -> None:
 
 def test_entropy() -> None:
     logits = testing.random_tensor((6, 5), torch.float64)
-    torch.testing.assert_close(
-        categorical_entropy(logits), torch.distributions.Categorical(logits=logits).entropy()
-    )
+    torch.testing.assert_close(categorical_entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
     one = torch.tensor([0.0, -math.inf, -math.inf]).requires_grad_()
     assert categorical_entropy(one) == 0
     assert categorical_entropy(torch.zeros(8)).item() == pytest.approx(math.log(8))

@@ -85,9 +85,7 @@ def test_gradcheck_for_fixed_noise(shape: tuple[int, ...]) -> None:
 
 def test_gradient_of_a_scalar_temperature() -> None:
     tau = torch.tensor(0.8, dtype=torch.float64)
-    testing.check_gradients(
-        lambda t: gumbel_softmax(testing.random_tensor((6, 5), torch.float64), t, seed=1), [tau]
-    )
+    testing.check_gradients(lambda t: gumbel_softmax(testing.random_tensor((6, 5), torch.float64), t, seed=1), [tau])
 
 
 def test_hard_backward_is_exactly_the_soft_one(backend: str) -> None:
@@ -182,11 +180,12 @@ def test_noise_belongs_to_the_element() -> None:
 # ---- what PyTorch expects of its own ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "dim", "count"), [((5,), 0, 1), ((5,), -1, 1), ((5, 4), 1, 5), ((5, 4, 3), 1, 15), ((5, 4, 3), -1, 20), ((5, 4, 3), -2, 15)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "dim", "count"),
+    [((5,), 0, 1), ((5,), -1, 1), ((5, 4), 1, 5), ((5, 4, 3), 1, 15), ((5, 4, 3), -1, 20), ((5, 4, 3), -2, 15)],
+)
 @every_dtype
-def test_one_hot_counts(
-    backend: str, shape: tuple[int, ...], dim: int, count: int, dtype: torch.dtype
-) -> None:
+def test_one_hot_counts(backend: str, shape: tuple[int, ...], dim: int, count: int, dtype: torch.dtype) -> None:
     logits = testing.random_tensor(shape, dtype)
     y = gumbel_softmax(logits, hard=True, dim=dim)
     assert y.min() == 0
@@ -324,9 +323,7 @@ def test_opcheck() -> None:
 def test_vmap() -> None:
     logits = testing.random_tensor((3, 4, 5), torch.float64)
     testing.check_vmap(bound(tau=0.7), [logits], [0])
-    testing.check_vmap(
-        bound(), [logits, testing.random_tensor((3, 1), torch.float64, seed=1).exp()], [0, None]
-    )
+    testing.check_vmap(bound(), [logits, testing.random_tensor((3, 1), torch.float64, seed=1).exp()], [0, None])
 
 
 def test_vmap_over_seeds_draws_different_noise() -> None:

@@ -118,8 +118,6 @@ def test_how_pytorch_may_call_it(kind: str, sample: bool) -> None:
         ((torch.zeros(()), "categorical"), {}, ValueError, "at least one dimension"),
     ],
 )
-def test_bad_input(
-    backend: str, arguments: tuple, options: dict, error: type[Exception], message: str
-) -> None:
+def test_bad_input(backend: str, arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         straight_through(*arguments, **options)

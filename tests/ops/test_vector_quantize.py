@@ -34,9 +34,7 @@ def data(n: int, k: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[Te
 
 def gaps(x: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
     """How much farther than the nearest code the chosen one is, in squared distance, calculated in float64."""
-    distance = torch.cdist(
-        x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist"
-    ).square()
+    distance = torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     return distance.gather(-1, index[..., None])[..., 0] - distance.amin(-1)
 
 
@@ -50,9 +48,9 @@ def test_nearest(backend: str, sizes: tuple[int, int, int], dtype: torch.dtype) 
     assert torch.equal(out.index, nearest_code(x, codebook))
     # |e|^2/2 - x.e of D products is rounded by about sqrt(D) eps of its terms: codes that near may change places.
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    scale = (
-        x.double().square().sum(-1).amax() if sizes[0] else torch.tensor(0.0)
-    ) + codebook.double().square().sum(-1).amax()
+    scale = (x.double().square().sum(-1).amax() if sizes[0] else torch.tensor(0.0)) + codebook.double().square().sum(
+        -1
+    ).amax()
     assert (gaps(x, codebook, out.index) <= 2 * eps * math.sqrt(sizes[2]) * scale).all()
 
 
@@ -206,9 +204,7 @@ GOOD, BOOK = torch.zeros(3, 4), torch.zeros(5, 4)
         ((GOOD, BOOK), {"commitment": "1"}, TypeError, "commitment must be a number"),
     ],
 )
-def test_bad_input(
-    backend: str, arguments: tuple, options: dict, error: type[Exception], message: str
-) -> None:
+def test_bad_input(backend: str, arguments: tuple, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         vector_quantize(*arguments, **options)
 

@@ -57,7 +57,5 @@ class GumbelArgmaxBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_grad: Tensor) -> Any:  # type: ignore[override]
         grad, logits, index = ctx.saved_tensors
-        grads = reference_double_backward(
-            lambda x: (reference.log_prob(x, index),), (logits,), (grad,), (grad_grad,)
-        )
+        grads = reference_double_backward(lambda x: (reference.log_prob(x, index),), (logits,), (grad,), (grad_grad,))
         return *grads, None, None

@@ -11,7 +11,7 @@ from flowkernels._autograd import backward_of
 from flowkernels._library import operator, vmap_loop
 from flowkernels.ops.gumbel_softmax import reference
 
-# One seed means one noise, whatever is mapped: vmap gives every element of the mapped dimension the noise it would have alone.
+# One seed means one noise, whatever is mapped: under vmap every element has the noise that it would have alone.
 forward_op = operator(
     "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, int stream, bool hard) -> Tensor",
     reference.gumbel_softmax,

@@ -44,8 +44,8 @@ def vector_quantize(
         dim: the dimension of the vectors' features, e.g. 1 for images (B, D, H, W).
 
     Returns:
-        quantized (..., D) in x's dtype and layout of dimensions; index (...) int64, the smallest of equally near codes; loss (...)
-        per vector, in at least float32.
+        quantized (..., D) in x's dtype; index (...) int64, the first of equally near codes; loss (...) per vector, in at
+        least float32.
 
     Raises:
         TypeError, ValueError: the argument, what it was and what it should be.
@@ -99,7 +99,7 @@ def _check(x: Tensor, codebook: Tensor, dim: int) -> int:
 
 
 def code_sums(x: Tensor, index: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """The sum (codes, D) and the number (codes,) of the vectors x (N, D) of each code, summed in their order; no gradient."""
+    """The sum (codes, D) and the number (codes,) of the vectors x (N, D) of each code, in their order; no gradient."""
     check_float_tensor("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape (vectors, features), got {tuple(x.shape)}")
