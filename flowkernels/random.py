@@ -17,7 +17,7 @@ Source: Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def reference_noise(seed: Tensor, stream: int, block: int, count: int, kind: int
             return normal_of_words(pairs, dtype).reshape(-1)[:count].clone()
 
 
-noise_op = operator(
+noise_op: Any = operator(
     "noise(Tensor seed, int stream, int block, SymInt count, int kind, bool in_double) -> Tensor",
     reference_noise,
     vmap=lambda info, dims, *args: vmap_loop(noise_op, info, dims, args),
@@ -136,12 +136,13 @@ noise_op = operator(
 
 def noise(kind: str, source: Stream, count: int, dtype: torch.dtype) -> Tensor:
     """The first `count` elements of a stream, (count,), in float64 or float32."""
-    op = reference_noise if runs_reference(source.seed) else noise_op
-    return op(source.seed, source.number, 0, count, KINDS.index(kind), dtype == torch.float64)
+    op: Any = reference_noise if runs_reference(source.seed) else noise_op
+    drawn: Tensor = op(source.seed, source.number, 0, count, KINDS.index(kind), dtype == torch.float64)
+    return drawn
 
 
 def _draw(
-    kind: str, size: tuple[int, ...], seed: Seed, dtype: torch.dtype | None, device: torch.device | str | None
+    kind: str, size: tuple[Any, ...], seed: Seed, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> Tensor:
     shape = torch.Size(size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size)
     if any(n < 0 for n in shape):

@@ -69,7 +69,8 @@ class DiscreteVAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Logits of q(z|x), (N, k, d)."""
-        return self.encoder(x / self.levels * 2 - 1).reshape(-1, self.latents, self.categories)
+        logits: Tensor = self.encoder(x / self.levels * 2 - 1)
+        return logits.reshape(-1, self.latents, self.categories)
 
     def decode(self, z: Tensor) -> Tensor:
         """Logits of the pixels (..., D) from one-hot or relaxed z (..., k, d)."""

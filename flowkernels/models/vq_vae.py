@@ -69,7 +69,8 @@ class VQVAE(nn.Module):
     def loss(self, x: Tensor) -> Tensor:
         """-log p(x|z_q) + the quantizer's loss summed over the grid, (N,), to minimise."""
         quantized, _, penalty = self.quantizer(self.encoder(x / self.levels * 2 - 1))
-        return penalty.flatten(1).sum(-1) - self._log_likelihood(x, self.decoder(quantized))
+        loss: Tensor = penalty.flatten(1).sum(-1) - self._log_likelihood(x, self.decoder(quantized))
+        return loss
 
     def elbo(self, x: Tensor) -> Tensor:
         """Lower bound of log p(x) in nats, (N,): log p(x|z_q) - (number of codes) log K."""

@@ -91,4 +91,5 @@ class VectorQuantizer(nn.Module):
     def perplexity(self) -> Tensor:
         """exp of the entropy of the codes' usage: how many codes are in use, from 1 to K."""
         p = self.counts / self.counts.sum()
-        return torch.special.entr(p).sum().exp()
+        number: Tensor = torch.special.entr(p).sum().exp()
+        return number

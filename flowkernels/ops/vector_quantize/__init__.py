@@ -22,7 +22,7 @@ class Quantized(NamedTuple):
     """What `vector_quantize` returns."""
 
     quantized: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody asks of three tensors
     loss: Tensor
 
 
@@ -44,8 +44,8 @@ def vector_quantize(
         dim: the dimension of the vectors' features, e.g. 1 for images (B, D, H, W).
 
     Returns:
-        quantized (..., D) in x's dtype; index (...) int64, the first of equally near codes; loss (...) per vector, in at
-        least float32.
+        quantized (..., D) in x's dtype; index (...) int64, the first of equally near codes; loss (...) per vector,
+        in at least float32.
 
     Raises:
         TypeError, ValueError: the argument, what it was and what it should be.
