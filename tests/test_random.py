@@ -29,7 +29,7 @@ def signed(low, high):
     return value - 2**64 if value >= 2**63 else value
 
 
-@pytest.mark.parametrize("counter, key, answer", KNOWN_ANSWERS)
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
 def test_known_answers(backend, counter, key, answer):
     op = fkr.reference_noise if backend == "reference" else fkr.noise_op
     words = op(torch.tensor(signed(*key)), signed(*counter[2:]), signed(*counter[:2]), 4, 0, False)
@@ -88,7 +88,7 @@ def test_extreme_words_stay_finite(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "kind, law", [("uniform", stats.uniform), ("normal", stats.norm), ("gumbel", stats.gumbel_r)]
+    ("kind", "law"), [("uniform", stats.uniform), ("normal", stats.norm), ("gumbel", stats.gumbel_r)]
 )
 def test_distribution(backend, kind, law, dtype):
     n = 1 << 20
@@ -209,7 +209,7 @@ def test_threads_do_not_change_the_noise():
 
 
 @pytest.mark.parametrize(
-    "call, error, words",
+    ("call", "error", "words"),
     [
         (lambda: fkr.normal(3, seed="no"), TypeError, "seed"),
         (lambda: fkr.normal(3, seed=True), TypeError, "seed"),

@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"): the random streams of
-// every backend, host and device alike, and what uniform, normal and Gumbel noise make of its words.
+// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"): the random
+// streams of every backend, host and device alike, and what uniform, normal and Gumbel noise make of its
+// words.
 //
 //   key     = the 64-bit seed
 //   counter = (block low, block high, stream low, stream high) with block = element / 4
@@ -46,8 +47,9 @@ FK_INLINE void block(RandomStream s, std::uint64_t number, std::uint32_t (&words
 
 }  // namespace philox
 
-// v = (word + 1/2) 2^-32 in (0, 1). A float has no room for the last values below 1: they become the largest one, so that
-// log(1 - v) stays finite. Small v, which make the upper tail of the Gumbel noise, keep their full relative precision.
+// v = (word + 1/2) 2^-32 in (0, 1). A float has no room for the last values below 1: they become the largest
+// one, so that log(1 - v) stays finite. Small v, which make the upper tail of the Gumbel noise, keep their
+// full relative precision.
 FK_INLINE float uniform_of_word(std::uint32_t word, float) {
   return math::min(0.99999994f, (static_cast<float>(word) + 0.5f) * 2.3283064365386963e-10f);
 }
@@ -61,12 +63,14 @@ FK_INLINE float gumbel_of_word(std::uint32_t word, float) {
 #if defined(__CUDA_ARCH__)
   return -math::log(-math::log1p(-v));
 #else
-  // log1p(-v) of math.h without its guards: 1 - v = 2^e (1 + f) lies in [2^-24, 1) or rounds to 1, where f = -v.
+  // log1p(-v) of math.h without its guards: 1 - v = 2^e (1 + f) lies in [2^-24, 1) or rounds to 1, where f =
+  // -v.
   const std::uint32_t k = math::float_bits(1.0f - v) - 0x3f3504f3u;
   const float e = static_cast<float>(static_cast<std::int32_t>(k) >> 23);
   const float s = math::bits_float(0x3f800000u - (k & 0xff800000u));
   const float f = (s - 1.0f) - v * s;
-  return -math::detail::log_normal(-math::detail::log_poly(f, e * math::detail::kLn2Hi, e * math::detail::kLn2Lo), 0.0f);
+  return -math::detail::log_normal(
+      -math::detail::log_poly(f, e * math::detail::kLn2Hi, e * math::detail::kLn2Lo), 0.0f);
 #endif
 }
 FK_INLINE double gumbel_of_word(std::uint32_t word, double) {
@@ -91,17 +95,21 @@ FK_INLINE NormalPair<float> normals_of_words(std::uint32_t w0, std::uint32_t w1,
 #else
   const float r = ::sqrtf(-2.0f * math::detail::log_normal(uniform_of_word(w0, 0.0f), 0.0f));
 #endif
-  // The angle is reduced in integers, so exactly: the nearest quarter turn and a rest within an eighth of a turn.
+  // The angle is reduced in integers, so exactly: the nearest quarter turn and a rest within an eighth of a
+  // turn.
   const std::uint32_t quarter = (w1 + 0x20000000u) >> 30;
   const float x = static_cast<float>(static_cast<std::int32_t>(w1 - (quarter << 30))) * 1.46291808e-09f;
   const float z = x * x;
   // Taylor series: on |x| <= pi/4 what is left out is below half an ulp.
-  const float sine = x + x * z * (-1.66666667e-01f + z * (8.33333333e-03f + z * (-1.98412698e-04f + z * 2.75573192e-06f)));
+  const float sine =
+      x + x * z * (-1.66666667e-01f + z * (8.33333333e-03f + z * (-1.98412698e-04f + z * 2.75573192e-06f)));
   const float cosine =
-      1.0f + z * (-0.5f + z * (4.16666667e-02f + z * (-1.38888889e-03f + z * (2.48015873e-05f - z * 2.75573192e-07f))));
+      1.0f + z * (-0.5f + z * (4.16666667e-02f +
+                               z * (-1.38888889e-03f + z * (2.48015873e-05f - z * 2.75573192e-07f))));
   const bool odd = (quarter & 1u) != 0u;
   const float c = odd ? sine : cosine, s = odd ? cosine : sine;
-  const float sign_c = ((quarter + 1u) & 2u) != 0u ? -1.0f : 1.0f, sign_s = (quarter & 2u) != 0u ? -1.0f : 1.0f;
+  const float sign_c = ((quarter + 1u) & 2u) != 0u ? -1.0f : 1.0f,
+              sign_s = (quarter & 2u) != 0u ? -1.0f : 1.0f;
   return {r * (sign_c * c), r * (sign_s * s)};
 }
 

@@ -23,10 +23,11 @@ struct ArgmaxArguments {
 
 namespace fk {
 
-std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Tensor& seed, int64_t stream, int64_t samples) {
+std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Tensor& seed, int64_t stream,
+                                                 int64_t samples) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long), log_prob = new_output(logits, {rows, samples}),
-         logsumexp = new_empty(logits, {rows});
+  Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long),
+         log_prob = new_output(logits, {rows, samples}), logsumexp = new_empty(logits, {rows});
   dispatch_float(logits, [&]<class T>() {
     ArgmaxArguments<T> a;
     a.logits = view<T>(logits);
@@ -43,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Ten
   return {index, log_prob, logsumexp};
 }
 
-Tensor gumbel_argmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& logsumexp, const Tensor& index) {
+Tensor gumbel_argmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& logsumexp,
+                              const Tensor& index) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   Tensor grad_logits = new_output(logits, {rows, classes});
   const Tensor lse = torch::stable::contiguous(logsumexp);

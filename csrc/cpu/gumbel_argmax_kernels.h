@@ -22,7 +22,8 @@ FK_INLINE void log_sum_exp(const ArgmaxArguments<T>& a, int64_t first, int64_t r
 template <class T>
 void gumbel_argmax(const ArgmaxArguments<T>& a, int64_t begin, int64_t end) {
   constexpr int64_t kTile = NoiseTile<Noise::gumbel, T>::kElements;
-  const int64_t classes = a.classes, piece = std::min(kTile, classes), step = std::max<int64_t>(1, kTile / classes);
+  const int64_t classes = a.classes, piece = std::min(kTile, classes),
+                step = std::max<int64_t>(1, kTile / classes);
   std::vector<T> scratch(step * classes);
   for (int64_t first = begin; first < end; first += step) {
     const int64_t rows = std::min(step, end - first);

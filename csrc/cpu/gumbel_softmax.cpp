@@ -22,7 +22,8 @@ struct GumbelArguments {
 
 namespace fk {
 
-Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream, bool hard) {
+Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream,
+                      bool hard) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   Tensor y = new_output(logits, {rows, classes});
   if (rows * classes == 0) return y;
@@ -42,7 +43,8 @@ Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& see
   return y;
 }
 
-std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Tensor& y, const Tensor& tau, bool for_tau) {
+std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Tensor& y, const Tensor& tau,
+                                                   bool for_tau) {
   const int64_t rows = y.size(0), classes = y.size(1);
   Tensor grad_logits = new_output(y, {rows, classes}), grad_tau = new_empty(y, {for_tau ? rows : 0});
   dispatch_float(y, [&]<class T>() {

@@ -4,14 +4,16 @@
 
 namespace fk::FK_ISA {
 
-// a / b by way of its rounded reciprocal: with a fused multiply-add as exact as the division, and much cheaper.
+// a / b by way of its rounded reciprocal: with a fused multiply-add as exact as the division, and much
+// cheaper.
 template <class T>
 FK_INLINE T divide(T a, T b, T reciprocal) {
   const T q = a * reciprocal;
   return q + (a - q * b) * reciprocal;
 }
 
-// A subnormal tau would have an infinite reciprocal; at the smallest normal one the softmax is one-hot already.
+// A subnormal tau would have an infinite reciprocal; at the smallest normal one the softmax is one-hot
+// already.
 template <class T>
 FK_INLINE T usable(T tau) {
   return math::max(std::numeric_limits<T>::min(), tau);
@@ -110,8 +112,8 @@ void gumbel_softmax_backward(const GumbelArguments<T>& a, int64_t begin, int64_t
       copy_to(grad_copy, grad, a.grad.column, a.classes);
       grad = grad_copy;
     }
-    // grad counts from its value at the largest y: near one-hot, that y has an absolute rounding error as large as all the
-    // others together, and so its term must not enter the mean.
+    // grad counts from its value at the largest y: near one-hot, that y has an absolute rounding error as
+    // large as all the others together, and so its term must not enter the mean.
     ArgMax<T> argmax;
     argmax.add(y, 0, a.classes);
     const T origin = a.classes > 0 ? grad[argmax.index()] : T(0);

@@ -1,12 +1,13 @@
-// Noise in tiles that stay in the first-level cache, for one instruction set. Included by the kernels files that draw.
+// Noise in tiles that stay in the first-level cache, for one instruction set. Included by the kernels files
+// that draw.
 namespace fk::FK_ISA {
 
 // Numbers are drawn in runs of this many words (16 blocks), whatever the width of the vectors.
 inline constexpr int kNoiseRun = 64;
 
-// The words of consecutive blocks. On x86 each block stays in its 128 bits, so the words come out in the order of the
-// elements: the two 32 x 32 -> 64 bit products of a round are one vector multiplication of the even words, and the
-// permutation of the words is one shuffle.
+// The words of consecutive blocks. On x86 each block stays in its 128 bits, so the words come out in the
+// order of the elements: the two 32 x 32 -> 64 bit products of a round are one vector multiplication of the
+// even words, and the permutation of the words is one shuffle.
 class PhiloxRuns {
  public:
 #if defined(__x86_64__)
@@ -93,7 +94,8 @@ inline void fill_noise(const PhiloxRuns& runs, std::uint64_t first, T* out, std:
   }
 }
 
-// The noise of consecutive elements, drawn a tile at a time: at(e, n) points to the noise of elements e .. e + n - 1.
+// The noise of consecutive elements, drawn a tile at a time: at(e, n) points to the noise of elements e .. e
+// + n - 1.
 template <Noise N, class T>
 class NoiseTile {
  public:

@@ -17,12 +17,17 @@ void fill(Tensor& out, const RandomStream& s, int64_t block) {
 Tensor noise(const Tensor& seed, int64_t stream, int64_t block, int64_t count, int64_t kind, bool in_double) {
   const RandomStream s = stream_of(seed, stream);
   const Noise noise = static_cast<Noise>(kind);
-  const ScalarType type = noise == Noise::bits ? ScalarType::Long : in_double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType type = noise == Noise::bits ? ScalarType::Long
+                          : in_double          ? ScalarType::Double
+                                               : ScalarType::Float;
   Tensor out = new_empty(seed, {count}, type);
   if (noise == Noise::bits) fill<Noise::bits, int64_t>(out, s, block);
-  if (noise == Noise::uniform) in_double ? fill<Noise::uniform, double>(out, s, block) : fill<Noise::uniform, float>(out, s, block);
-  if (noise == Noise::normal) in_double ? fill<Noise::normal, double>(out, s, block) : fill<Noise::normal, float>(out, s, block);
-  if (noise == Noise::gumbel) in_double ? fill<Noise::gumbel, double>(out, s, block) : fill<Noise::gumbel, float>(out, s, block);
+  if (noise == Noise::uniform)
+    in_double ? fill<Noise::uniform, double>(out, s, block) : fill<Noise::uniform, float>(out, s, block);
+  if (noise == Noise::normal)
+    in_double ? fill<Noise::normal, double>(out, s, block) : fill<Noise::normal, float>(out, s, block);
+  if (noise == Noise::gumbel)
+    in_double ? fill<Noise::gumbel, double>(out, s, block) : fill<Noise::gumbel, float>(out, s, block);
   return out;
 }
 

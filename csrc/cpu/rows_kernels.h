@@ -1,7 +1,8 @@
 // Reductions over rows for one instruction set. Included by the kernels of the categorical operators.
 //
-// Every sum, maximum and argmax runs over kLanes partial results, in the same order for every instruction set. Elementwise
-// work is written as plain loops over whole tiles instead, which the compiler turns into vectors whatever the row length is.
+// Every sum, maximum and argmax runs over kLanes partial results, in the same order for every instruction
+// set. Elementwise work is written as plain loops over whole tiles instead, which the compiler turns into
+// vectors whatever the row length is.
 namespace fk::FK_ISA {
 
 inline constexpr int kLanes = 16;
@@ -20,8 +21,8 @@ struct Lanes {
   }
 };
 
-// Calls f(p, c) for the chunks of kLanes elements of from[0 .. n), p pointing to the elements c .. c + kLanes - 1; the last
-// chunk is filled up with `fill`.
+// Calls f(p, c) for the chunks of kLanes elements of from[0 .. n), p pointing to the elements c .. c + kLanes
+// - 1; the last chunk is filled up with `fill`.
 template <class T, class F>
 FK_INLINE void for_chunks(const T* from, int64_t n, T fill, F&& f) {
   int64_t c = 0;
@@ -73,7 +74,8 @@ class ArgMax {
 
  public:
   FK_INLINE ArgMax() {
-    for (int v = 0; v < L::kVectors; ++v) best_[v] = typename L::Vector{} - std::numeric_limits<T>::infinity();
+    for (int v = 0; v < L::kVectors; ++v)
+      best_[v] = typename L::Vector{} - std::numeric_limits<T>::infinity();
   }
 
   // The elements first .. first + n - 1 of the row; `first` is a multiple of kLanes.

@@ -1,4 +1,5 @@
-// straight_through on the CPU: hard values, by a threshold or a largest category, of x itself or sampled from it.
+// straight_through on the CPU: hard values, by a threshold or a largest category, of x itself or sampled from
+// it.
 #include "cpu/pages.h"
 #include "cpu/random.h"
 
@@ -21,7 +22,8 @@ struct StraightThroughArguments {
 
 namespace fk {
 
-Tensor straight_through(const Tensor& x, const std::optional<Tensor>& seed, int64_t stream, int64_t kind, double threshold) {
+Tensor straight_through(const Tensor& x, const std::optional<Tensor>& seed, int64_t stream, int64_t kind,
+                        double threshold) {
   const int64_t rows = x.size(0), classes = x.size(1);
   Tensor y = new_output(x, {rows, classes});
   if (rows * classes == 0) return y;
@@ -43,4 +45,6 @@ Tensor straight_through(const Tensor& x, const std::optional<Tensor>& seed, int6
 
 }  // namespace fk
 
-STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) { m.impl("straight_through", TORCH_BOX(&fk::straight_through)); }
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
+  m.impl("straight_through", TORCH_BOX(&fk::straight_through));
+}

@@ -61,8 +61,9 @@ void search(QuantizeArguments<T> a, const Tensor& x, const Tensor& codebook, Ten
   a.packed = packed.panels.data();
   a.half_norm = packed.half_norm.data();
   a.index = static_cast<int64_t*>(index.mutable_data_ptr());
-  torch::stable::parallel_for(0, x.size(0), std::max<int64_t>(kPanel, grain_for(a.features * a.codes)),
-                              [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize<T>)(a, begin, end); });
+  torch::stable::parallel_for(
+      0, x.size(0), std::max<int64_t>(kPanel, grain_for(a.features * a.codes)),
+      [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize<T>)(a, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x, const Tensor& codebook) {
@@ -87,16 +88,18 @@ Tensor nearest_code(const Tensor& x, const Tensor& codebook) {
 // Sums over the samples of each code: one pass per 16 features, threads take features.
 template <class T>
 void sum_by_code(const QuantizeArguments<T>& a) {
-  torch::stable::parallel_for(0, (a.features + 15) / 16, grain_for(16 * a.rows), [&](int64_t begin, int64_t end) {
-    FK_BEST(vector_quantize_sums<T>)(a, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, (a.features + 15) / 16, grain_for(16 * a.rows),
+      [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize_sums<T>)(a, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_quantized, const Tensor& grad_loss, const Tensor& x,
-                                                    const Tensor& codebook, const Tensor& index, double commitment,
+std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_quantized, const Tensor& grad_loss,
+                                                    const Tensor& x, const Tensor& codebook,
+                                                    const Tensor& index, double commitment,
                                                     double codebook_weight, bool for_codebook) {
   const int64_t rows = x.size(0), features = x.size(1), codes = codebook.size(0);
-  Tensor grad_x = new_output(x, {rows, features}), grad_codebook = new_empty(x, {for_codebook ? codes : 0, features});
+  Tensor grad_x = new_output(x, {rows, features}),
+         grad_codebook = new_empty(x, {for_codebook ? codes : 0, features});
   const Tensor dense = torch::stable::contiguous(codebook), loss = torch::stable::contiguous(grad_loss),
                which = torch::stable::contiguous(index);
   dispatch_float(x, [&]<class T>() {
@@ -135,7 +138,8 @@ std::tuple<Tensor, Tensor> vector_quantize_sums(const Tensor& x, const Tensor& i
     a.codes = codes;
     a.sums = static_cast<T*>(sums.mutable_data_ptr());
     for (int64_t r = 0; r < a.rows; ++r)
-      STD_TORCH_CHECK(0 <= a.index_in[r] && a.index_in[r] < codes, "index must lie in [0, ", codes, "), got ", a.index_in[r]);
+      STD_TORCH_CHECK(0 <= a.index_in[r] && a.index_in[r] < codes, "index must lie in [0, ", codes, "), got ",
+                      a.index_in[r]);
     sum_by_code(a);
     std::vector<int64_t> count(codes);
     for (int64_t r = 0; r < a.rows; ++r) ++count[a.index_in[r]];

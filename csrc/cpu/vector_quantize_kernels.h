@@ -3,8 +3,9 @@
 
 namespace fk::FK_ISA {
 
-// The nearest code of a few samples at a time: samples side by side in a vector, `kCodes` dot products in registers, each
-// code's coefficient broadcast from the packed codebook. Only the best score and its code ever leave the registers.
+// The nearest code of a few samples at a time: samples side by side in a vector, `kCodes` dot products in
+// registers, each code's coefficient broadcast from the packed codebook. Only the best score and its code
+// ever leave the registers.
 template <class T>
 struct Search {
   typedef T Vector __attribute__((vector_size(FK_VECTOR_BYTES)));
@@ -28,7 +29,8 @@ struct Search {
       }
 #pragma GCC unroll 16
       for (int j = 0; j < kCodes; ++j) {
-        // |x - e|^2 / 2 up to the sample's own |x|^2 / 2; the first of equal codes wins, padding has an infinite norm.
+        // |x - e|^2 / 2 up to the sample's own |x|^2 / 2; the first of equal codes wins, padding has an
+        // infinite norm.
         const Vector score = a.half_norm[first + j] - dot[j];
         const IndexVector closer = score < best;
         best = closer ? score : best;
@@ -55,7 +57,8 @@ void vector_quantize(const QuantizeArguments<T>& a, int64_t begin, int64_t end) 
   std::vector<T> memory((a.features + 1) * S::kSamples);
   void* start = memory.data();
   std::size_t space = memory.size() * sizeof(T);
-  Vector* samples = static_cast<Vector*>(std::align(sizeof(Vector), a.features * sizeof(Vector), start, space));
+  Vector* samples =
+      static_cast<Vector*>(std::align(sizeof(Vector), a.features * sizeof(Vector), start, space));
   std::vector<T> scratch(a.features);
   T* transposed = reinterpret_cast<T*>(samples);
   for (int64_t first = begin; first < end; first += S::kSamples) {
@@ -90,14 +93,16 @@ void vector_quantize_grad_x(const QuantizeArguments<T>& a, int64_t begin, int64_
   }
 }
 
-// For the features begin .. end - 1 (in kLanes) of every code: the sum of what its samples bring, in the samples' order, so
-// threads share no sum. Sums: x itself; gradient of the codebook: -2 weight grad_loss (x - e).
+// For the features begin .. end - 1 (in kLanes) of every code: the sum of what its samples bring, in the
+// samples' order, so threads share no sum. Sums: x itself; gradient of the codebook: -2 weight grad_loss (x -
+// e).
 template <class T>
 void vector_quantize_sums(const QuantizeArguments<T>& a, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int64_t f = block * kLanes;
     const int n = static_cast<int>(std::min<int64_t>(kLanes, a.features - f));
-    for (int64_t k = 0; k < a.codes; ++k) std::fill(a.sums + k * a.features + f, a.sums + k * a.features + f + n, T(0));
+    for (int64_t k = 0; k < a.codes; ++k)
+      std::fill(a.sums + k * a.features + f, a.sums + k * a.features + f + n, T(0));
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t k = a.index_in[r];
       T* sum = a.sums + k * a.features + f;

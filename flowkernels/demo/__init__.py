@@ -1,4 +1,4 @@
-"""The demonstrations: one module per model, each with ``run(options)``, on what `common`, `report` and
+"""The demonstrations: one module per model, each with ``run(options)``, on what `common`, `report`, `latent` and
 `density` have for all of them.
 
 A module is found by its name: ``flowkernels/demo/<model>.py`` is what ``python -m flowkernels demo --model <model>``
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pkgutil
 
-_SHARED = ("common", "density", "digits", "estimators", "report")
+_SHARED = ("common", "density", "estimators", "latent", "report")
 
 
 def models() -> list[str]:

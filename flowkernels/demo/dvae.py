@@ -1,67 +1,50 @@
-"""A discrete VAE on the digits."""
+"""A discrete VAE on the digits, trained through the Gumbel-softmax; and the study of the gradient estimators."""
 
 from __future__ import annotations
 
-import math
-
 import torch
+from torch import Tensor, nn
 
 from flowkernels.demo import estimators
-from flowkernels.demo.common import Options
-from flowkernels.demo.digits import LEVELS, bits_per_dim, load_digits, save_picture
+from flowkernels.demo.common import LEVELS, PIXELS, Options, fit, fixed_noise, load_digits
+from flowkernels.demo.latent import start_from_mean, tell
 from flowkernels.models import DiscreteVAE
 
 STUDIES = ("estimators",)
+LATENTS, CATEGORIES = 16, 8
 
 
-def train(
-    epochs: int, *, estimator: str = "gumbel", seed: int = 0, progress: bool = True
-) -> tuple[DiscreteVAE, list[float]]:
-    """A trained model and the test ELBO in nats after every epoch, always that of hard samples."""
-    from tqdm import tqdm
+class Bound:
+    """The ELBO: relaxed while training, the temperature falling from 1 to `coldest`; of hard samples elsewhere."""
 
-    torch.manual_seed(seed)
-    train_x, test_x = load_digits()
-    model = DiscreteVAE(64, latents=16, categories=8, hidden_features=(256,), levels=LEVELS)
-    # The decoder starts from the mean image.
-    mean = (train_x.mean(0) / LEVELS).clamp(0.01, 0.99)
-    with torch.no_grad():
-        model.decoder[-1].bias.copy_(mean.logit())  # type: ignore[operator]
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    curve = []
-    bar = tqdm(range(epochs), desc=f"discrete VAE, {estimator}", disable=not progress)
-    for epoch in bar:
-        tau = max(0.5, math.exp(-2 * epoch / epochs))
-        options = {"baseline": "leave_one_out", "samples": 4} if estimator == "score_function" else {"tau": tau}
-        for batch in train_x[torch.randperm(len(train_x))].split(64):
-            loss = -model.elbo(batch, estimator=estimator, **options).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            elbo = model.elbo(test_x, estimator="score_function", samples=4)
-        curve.append(float(elbo.mean()))
-        bar.set_postfix(elbo=f"{curve[-1]:.2f} nats", bits=f"{bits_per_dim(elbo):.3f}/dim")
-    return model, curve
+    def __init__(self, model: DiscreteVAE, steps: int, coldest: float = 0.4) -> None:
+        self.model, self.steps, self.coldest, self.count = model, steps, coldest, 0
+
+    def __call__(self, levels: Tensor) -> Tensor:
+        if not self.model.training:
+            return self.model.elbo(levels, estimator="straight_through")
+        tau = self.coldest ** min(1.0, self.count / self.steps)
+        self.count += 1
+        return self.model.elbo(levels, estimator="gumbel", tau=tau)
 
 
 def run(options: Options) -> None:
-    """Trains, prints ELBO in nats and bits/dim, and draws reconstructions and samples into <out>/dvae.png."""
     if options.study == "estimators":
         return estimators.run(options)
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    model, curve = train(options.epochs or (3 if options.quick else 100), seed=options.seed)
-    _, test_x = load_digits()
-    elbo = model.elbo(test_x, estimator="score_function", samples=16).detach()
-    print(f"test ELBO {float(elbo.mean()):.2f} nats, {bits_per_dim(elbo):.3f} bits/dim")
-    rows = {
-        "digits": test_x[:16],
-        "reconstructions": model.reconstruct(test_x[:16]),
-        "samples": model.sample(16, seed=0),
-    }
-    path = out / "dvae.png"
-    save_picture(str(path), rows, curve, f"Discrete VAE, 8^16 latents: {curve[-1]:.1f} nats")
-    print(f"picture: {path}")
+    digits = load_digits()
+    epochs = options.epochs or (2 if options.quick else 150)
+    with fixed_noise(options.seed):
+        model = DiscreteVAE(PIXELS, LATENTS, CATEGORIES, hidden_features=(256,), levels=LEVELS - 1)
+    last = model.decoder[-1]
+    assert isinstance(last, nn.Linear)
+    start_from_mean(last.bias, digits)
+    objective = Bound(model, epochs * -(-len(digits.train) // 64) // 2)
+    curve = fit(model, objective, digits, label="discrete VAE", epochs=epochs, batch=64, lr=2e-3, seed=options.seed)
+    with fixed_noise(options.seed), torch.no_grad():
+        pictures = {
+            "digits": digits.test,
+            "reconstructions": model.reconstruct(digits.test),
+            "samples": model.sample(80),
+        }
+    title = f"Discrete VAE, {CATEGORIES}^{LATENTS} latents"
+    tell(options, "dvae", title, digits, objective, curve, pictures, {})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from flowkernels.demo.common import Options
+from flowkernels.demo.report import pyplot, save_numbers, table
 from flowkernels.objectives import elbo_discrete
 
 TAUS = (2.0, 1.0, 0.5, 0.25, 0.1, 0.05)
@@ -77,38 +78,33 @@ def study(draws: int = 200_000, seed: int = 0) -> list[Measured]:
 
 
 def run(options: Options) -> None:
-    """Prints the table, and draws bias and variance over tau into <out>/estimators.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
+    """Prints the table, and draws bias and variance over tau into estimators.png."""
     results = study(5_000 if options.quick else 400_000, options.seed)
-    lines = [f"{'estimator':<30}{'tau':>6}{'bias':>10}{'+-':>9}{'variance':>12}"]
-    for r in results:
-        tau = "" if r.tau is None else f"{r.tau:g}"
-        lines.append(f"{r.estimator:<30}{tau:>6}{r.bias:>10.4f}{r.error:>9.4f}{r.variance:>12.3f}")
-    print("\n".join(lines))
-    (out / "estimators.txt").write_text("\n".join(lines) + "\n")
+    head = ("estimator", "tau", "bias", "standard error", "variance")
+    rows = [
+        (r.estimator, "" if r.tau is None else f"{r.tau:g}", f"{r.bias:.4f}", f"{r.error:.4f}", f"{r.variance:.3f}")
+        for r in results
+    ]
+    print("\nGradient of the ELBO against the exact one, by enumeration\n" + table(head, rows))
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     for name in dict.fromkeys(r.estimator for r in results):
-        of_name = [r for r in results if r.estimator == name]
-        if of_name[0].tau is None:
-            of_name = [Measured(name, tau, of_name[0].bias, of_name[0].error, of_name[0].variance) for tau in TAUS]
-        style = "--" if name.startswith(("straight", "score")) else "o-"
-        taus = [r.tau for r in of_name]
-        left.errorbar(taus, [r.bias for r in of_name], [r.error for r in of_name], fmt=style, label=name)
-        right.plot(taus, [r.variance for r in of_name], style, label=name)
+        found = [r for r in results if r.estimator == name]
+        if found[0].tau is None:  # a level line
+            found, style = found * len(TAUS), "--"
+        else:
+            style = "o-"
+        left.errorbar(TAUS, [r.bias for r in found], [r.error for r in found], fmt=style, label=name)
+        right.plot(TAUS, [r.variance for r in found], style, label=name)
     for axes, what in ((left, "bias"), (right, "variance")):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("tau")
         axes.set_ylabel(f"{what} of the gradient")
     left.legend(fontsize=7)
-    path = out / "estimators.png"
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    options.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out / "estimators.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
-    print(f"picture: {path}")
+    save_numbers(options.out / "estimators.json", {"study": "estimators", "results": [asdict(r) for r in results]})
+    print(f"\n  picture  {options.out / 'estimators.png'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def binomial_log_likelihood(x: Tensor, logits: Tensor, levels: int) -> Tensor:
 
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -31,7 +32,9 @@ def mlp(sizes: Sequence[int]) -> nn.Sequential:
 class DiscreteVAE(nn.Module):
     r"""x <- z in {1..d}^k with a uniform prior and a factorised posterior::
 
-        p(z) = d^-k,  p(x|z) = prod Binomial(x_i; levels, sigmoid(decoder(z)_i)),  q(z|x) = prod Categorical(encoder(x)_j)
+        p(z)   = d^-k
+        p(x|z) = prod Binomial(x_i; levels, sigmoid(decoder(z)_i))
+        q(z|x) = prod Categorical(encoder(x)_j)
 
     Args:
         features: D, the size of x, whose entries count from 0 to `levels` (0 or 1 for levels 1).
@@ -52,7 +55,12 @@ class DiscreteVAE(nn.Module):
         levels: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("features", features), ("latents", latents), ("categories", categories), ("levels", levels)):
+        for name, value in (
+            ("features", features),
+            ("latents", latents),
+            ("categories", categories),
+            ("levels", levels),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.features, self.latents, self.categories, self.levels = features, latents, categories, levels
@@ -61,7 +69,8 @@ class DiscreteVAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Logits of q(z|x), (N, k, d)."""
-        return self.encoder(x / self.levels * 2 - 1).reshape(-1, self.latents, self.categories)
+        logits: Tensor = self.encoder(x / self.levels * 2 - 1)
+        return logits.reshape(-1, self.latents, self.categories)
 
     def decode(self, z: Tensor) -> Tensor:
         """Logits of the pixels (..., D) from one-hot or relaxed z (..., k, d)."""
@@ -83,7 +92,7 @@ class DiscreteVAE(nn.Module):
         entropy: str = "exact",
         seed: Seed = None,
     ) -> Tensor:
-        """Lower bound of log p(x) in nats, (N,), with gradients by `estimator`: see `flowkernels.objectives.elbo_discrete`."""
+        """Lower bound of log p(x) in nats, (N,), gradients by `estimator`: see `objectives.elbo_discrete`."""
         return elbo_discrete(
             self.encode(x),
             lambda z: self.log_likelihood(x, z),

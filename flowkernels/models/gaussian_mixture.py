@@ -50,7 +50,7 @@ class GaussianMixture(nn.Module):
         return self.log_joint(x).log_softmax(-1)
 
     def log_target(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """z (S, N, 1, K) -> log p(x, z) + log K, (S, N): what `elbo_discrete`, whose prior is uniform, has to be given."""
+        """z (S, N, 1, K) -> log p(x, z) + log K, (S, N): for `elbo_discrete`, whose prior is uniform."""
         joint = self.log_joint(x) + math.log(len(self.logits))
         return lambda z: (z[..., 0, :] * joint).sum(-1)
 

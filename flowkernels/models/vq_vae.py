@@ -18,8 +18,8 @@ class VQVAE(nn.Module):
 
         z_e = encoder(x),  z_q = nearest codes,  p(x|z_q) = prod Binomial(x_i; levels, sigmoid(decoder(z_q)_i))
 
-    `loss` is -log p(x|z_q) plus the quantizer's loss; `elbo` counts log K nats for each code: the posterior is certain, the prior
-    uniform.
+    `loss` is -log p(x|z_q) plus the quantizer's loss; `elbo` counts log K nats for each code: the posterior is certain,
+    the prior uniform.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937.
     """
@@ -45,9 +45,7 @@ class VQVAE(nn.Module):
             nn.ReLU(),
             nn.Conv2d(hidden_channels, code_features, 1),
         )
-        self.quantizer = VectorQuantizer(
-            codes, code_features, commitment=commitment, decay=decay, revive=revive, dim=1
-        )
+        self.quantizer = VectorQuantizer(codes, code_features, commitment=commitment, decay=decay, revive=revive, dim=1)
         self.decoder = nn.Sequential(
             nn.Conv2d(code_features, hidden_channels, 3, padding=1),
             nn.ReLU(),
@@ -71,12 +69,14 @@ class VQVAE(nn.Module):
     def loss(self, x: Tensor) -> Tensor:
         """-log p(x|z_q) + the quantizer's loss summed over the grid, (N,), to minimise."""
         quantized, _, penalty = self.quantizer(self.encoder(x / self.levels * 2 - 1))
-        return penalty.flatten(1).sum(-1) - self._log_likelihood(x, self.decoder(quantized))
+        loss: Tensor = penalty.flatten(1).sum(-1) - self._log_likelihood(x, self.decoder(quantized))
+        return loss
 
     def elbo(self, x: Tensor) -> Tensor:
         """Lower bound of log p(x) in nats, (N,): log p(x|z_q) - (number of codes) log K."""
         index = self.encode(x)
-        return self._log_likelihood(x, self.decode(index)) - index[0].numel() * math.log(len(self.quantizer.counts))
+        rate = index[0].numel() * math.log(len(self.quantizer.counts))
+        return self._log_likelihood(x, self.decode(index)) - rate
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, size: tuple[int, int], *, seed: Seed = None) -> Tensor:
-        """Means of n images of `size` whose codes are drawn by their usage, independently: no prior network is fitted."""
+        """Means of n images whose codes are drawn by their usage, independently: no prior network is fitted."""
         grid = (size[0] // 2, size[1] // 2)
         logits = self.quantizer.counts.log().expand(n, *grid, -1)
         index, _ = gumbel_argmax(logits, seed=seed)

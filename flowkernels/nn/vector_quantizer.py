@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowkernels.ops.vector_quantize import Quantized, code_sums, nearest_code, vector_quantize, vector_quantize_ema_
+from flowkernels.ops.vector_quantize import (
+    Quantized,
+    code_sums,
+    nearest_code,
+    vector_quantize,
+    vector_quantize_ema_,
+)
 from flowkernels.random import gumbel
 
 
@@ -85,4 +91,5 @@ class VectorQuantizer(nn.Module):
     def perplexity(self) -> Tensor:
         """exp of the entropy of the codes' usage: how many codes are in use, from 1 to K."""
         p = self.counts / self.counts.sum()
-        return torch.special.entr(p).sum().exp()
+        number: Tensor = torch.special.entr(p).sum().exp()
+        return number

@@ -28,7 +28,7 @@ def categorical_entropy(logits: Tensor, dim: int = -1) -> Tensor:
 
 
 def every_latent(latents: int, categories: int, *, like: Tensor) -> Tensor:
-    """All categories^latents values of z as one-hot vectors, (categories^latents, latents, categories), in `like`'s dtype."""
+    """All n = categories^latents values of z as one-hot vectors, (n, latents, categories), in `like`'s dtype."""
     total = categories**latents
     if total > _MOST:
         raise ValueError(f"{categories}^{latents} latents are too many to enumerate; at most {_MOST} are")
@@ -57,8 +57,8 @@ def elbo_discrete(
 
         KL = k log d - H(q)
 
-    The result is differentiable by the parameters of `log_likelihood` and by `logits`; how the latter goes through the sampling
-    is the estimator's business:
+    The result is differentiable by the parameters of `log_likelihood` and by `logits`; how the latter goes through the
+    sampling is the estimator's business:
 
     ============================  =====================================  ==============================================
     gumbel                        z = softmax((logits + g) / tau)        biased, the less the smaller tau; the value
@@ -75,15 +75,16 @@ def elbo_discrete(
         estimator: one of `ESTIMATORS`.
         tau: temperature of the gumbel estimators.
         samples: S; not for exact.
-        baseline: for score_function: None, "leave_one_out" (needs samples >= 2), a tensor, or a callable of the values such as
-            `MovingAverage`.
+        baseline: for score_function: None, "leave_one_out" (needs samples >= 2), a tensor, or a callable of the values
+            such as `MovingAverage`.
         entropy: "exact" takes H(q) in closed form, "sampled" -log q(z) of the samples.
         seed: see `flowkernels.random.draw_stream`.
 
     Returns:
         (B,).
 
-    Sources: Jang et al. 2017, arXiv:1611.01144; Bengio et al. 2013, arXiv:1308.3432; Mnih & Gregor 2014, arXiv:1402.0030.
+    Sources: Jang et al. 2017, arXiv:1611.01144; Bengio et al. 2013, arXiv:1308.3432; Mnih & Gregor 2014,
+    arXiv:1402.0030.
     """
     check_float_tensor("logits", logits)
     if logits.dim() != 3:

@@ -38,7 +38,7 @@ def leave_one_out(value: Tensor) -> Tensor:
 
 
 class MovingAverage(nn.Module):
-    """Baseline that follows the mean of the values so far, exponentially forgetting, without the bias of its start at 0."""
+    """Baseline that follows the mean of the values so far, exponentially forgetting, unbiased from the start."""
 
     mean: Tensor
     weight: Tensor

@@ -24,14 +24,14 @@ def rows_of(x: Tensor, dim: int) -> Tensor:
 
 
 def can_look_at(x: Tensor) -> bool:
-    """Whether x's values may be looked at: neither traced nor mapped, and not on a device that would have to be waited for."""
+    """Whether x's values may be looked at: neither traced nor mapped, nor on a device that has to be waited for."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x) and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def check_rows(logits: Tensor, result: Tensor) -> None:
-    """Raises if a row of logits (rows, categories) is -inf throughout: then, and only then or for NaN, `result` has a NaN.
+    """Raises if a row of logits (rows, categories) is -inf throughout: `result` then has a NaN, as for NaN and inf.
 
     Looking for the NaN in one column of the result is cheaper than looking at all logits beforehand.
     """

@@ -60,8 +60,8 @@ def test_samples_of_a_row_are_independent(backend: str) -> None:
 def test_rare_category_by_enumeration() -> None:
     """Two categories of probability 2^-28 and 1 - 2^-28: the rare one's chance, counted over its 2^32 words.
 
-    Given the common one's noise g, the rare one wins for every word below some number, found by bisection in the mapping that
-    the kernels use; averaged over many g that has to give 2^-28. Uniforms of 24 bits give 0 here.
+    Given the common one's noise g, the rare one wins for every word below some number, found by bisection in the
+    mapping that the kernels use; averaged over many g that has to give 2^-28. Uniforms of 24 bits give 0 here.
     """
     gap = 28 * math.log(2)
     words = fk.random.bits(4000, seed=6)
@@ -80,7 +80,7 @@ def test_rare_category_by_enumeration() -> None:
 
 @pytest.mark.slow
 def test_rare_category_is_drawn() -> None:
-    """4095 categories of probability about 2^-28 each beside a common one: 2^20 draws find some, as many as they should."""
+    """4095 categories of probability about 2^-28 beside a common one: 2^20 draws find as many as they should."""
     rare, rows, draws = 4095, 1024, 1024
     logits = torch.full((1, rare + 1), -28 * math.log(2))
     logits[0, 17] = 0.0

@@ -18,7 +18,10 @@ from flowkernels import testing
 from flowkernels.ops import gumbel_argmax, gumbel_softmax
 from flowkernels.ops.gumbel_softmax.autograd import backward_op, forward_op
 
-SHAPES = {name: shape for name, shape in testing.SHAPES.items() if shape != ()} | {"long": (3, 4097), "longer": (2, 9001)}
+SHAPES = {name: shape for name, shape in testing.SHAPES.items() if shape != ()} | {
+    "long": (3, 4097),
+    "longer": (2, 9001),
+}
 every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 hard_and_soft = pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 
@@ -89,7 +92,10 @@ def test_hard_backward_is_exactly_the_soft_one(backend: str) -> None:
     logits = testing.random_tensor((64, 33)).requires_grad_()
     tau = testing.random_tensor((64, 1), seed=1).exp().requires_grad_()
     weight = testing.random_tensor((64, 33), seed=2)
-    soft, hard = (torch.autograd.grad((gumbel_softmax(logits, tau, h, seed=3) * weight).sum(), (logits, tau)) for h in (False, True))
+    soft, hard = (
+        torch.autograd.grad((gumbel_softmax(logits, tau, h, seed=3) * weight).sum(), (logits, tau))
+        for h in (False, True)
+    )
     for s, h in zip(soft, hard, strict=True):
         assert torch.equal(s, h)
 
@@ -174,7 +180,10 @@ def test_noise_belongs_to_the_element() -> None:
 # ---- what PyTorch expects of its own ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "dim", "count"), [((5,), 0, 1), ((5,), -1, 1), ((5, 4), 1, 5), ((5, 4, 3), 1, 15), ((5, 4, 3), -1, 20), ((5, 4, 3), -2, 15)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "dim", "count"),
+    [((5,), 0, 1), ((5,), -1, 1), ((5, 4), 1, 5), ((5, 4, 3), 1, 15), ((5, 4, 3), -1, 20), ((5, 4, 3), -2, 15)],
+)
 @every_dtype
 def test_one_hot_counts(backend: str, shape: tuple[int, ...], dim: int, count: int, dtype: torch.dtype) -> None:
     logits = testing.random_tensor(shape, dtype)
@@ -357,7 +366,11 @@ GOOD = torch.zeros(3, 4)
         ((GOOD, math.inf), ValueError, "tau must be positive and finite, got inf"),
         ((GOOD, "1"), TypeError, "tau must be a number or a tensor, got str"),
         ((GOOD, torch.tensor([[1.0], [0.0], [2.0]])), ValueError, "tau must be positive and finite, got 0.0"),
-        ((GOOD, torch.tensor([[1.0], [math.nan], [2.0]])), ValueError, "tau must be positive and finite, got nan"),
+        (
+            (GOOD, torch.tensor([[1.0], [math.nan], [2.0]])),
+            ValueError,
+            "tau must be positive and finite, got nan",
+        ),
         ((GOOD, torch.tensor(-1.0)), ValueError, "tau must be positive"),
         ((GOOD, torch.ones(3, 4)), ValueError, "tau must have size 1 in dimension 1"),
         ((GOOD, torch.ones(5)), ValueError, "tau must broadcast to one temperature per row"),
@@ -365,7 +378,11 @@ GOOD = torch.zeros(3, 4)
         ((GOOD, 1.0, False, 2), ValueError, r"dim must lie in \[-2, 1\].*got 2"),
         ((GOOD, 1.0, False, -3), ValueError, r"dim must lie in \[-2, 1\].*got -3"),
         ((GOOD, 1.0, False, 1.0), TypeError, "dim must be an int, got float"),
-        ((torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]]),), ValueError, "1 rows of -inf alone, the first is row 1"),
+        (
+            (torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]]),),
+            ValueError,
+            "1 rows of -inf alone, the first is row 1",
+        ),
         ((torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]]), 1.0, True), ValueError, "1 rows of -inf alone"),
     ],
 )

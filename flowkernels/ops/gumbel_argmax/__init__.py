@@ -20,13 +20,13 @@ def gumbel_argmax(logits: Tensor, k: int = 1, dim: int = -1, *, seed: Seed = Non
 
         index_s = argmax(logits + g_s),  g_s standard Gumbel noise         log_prob_s = log softmax(logits)[index_s]
 
-    Noise is drawn where it is compared and never stored: the memory is that of the result. Float32 noise reaches +22.9, so
-    categories rarer than 2^-24 are drawn as often as they should be.
+    Noise is drawn where it is compared and never stored: the memory is that of the result. Float32 noise reaches
+    +22.9, so categories rarer than 2^-24 are drawn as often as they should be.
 
     Args:
         logits: float64, float32, bfloat16 or float16, any shape; halves are calculated in float32.
-        k: how many samples of each row, with replacement, at least 1. Sample s takes its noise from stream number + s, so sample 0 is
-            the category that ``gumbel_softmax(..., hard=True)`` draws with the same seed.
+        k: how many samples of each row, with replacement, at least 1. Sample s takes its noise from stream number + s,
+            so sample 0 is the category that ``gumbel_softmax(..., hard=True)`` draws with the same seed.
         dim: the dimension of the categories; in the results it has size k.
         seed: see `flowkernels.random.draw_stream`.
 
@@ -34,7 +34,8 @@ def gumbel_argmax(logits: Tensor, k: int = 1, dim: int = -1, *, seed: Seed = Non
         index, int64, and log_prob in nats, differentiable with respect to logits, in at least float32.
 
     Raises:
-        TypeError, ValueError: the argument, what it was and what it should be; a row of -inf alone as in `gumbel_softmax`.
+        TypeError, ValueError: the argument, what it was and what it should be; a row of -inf alone as in
+            `gumbel_softmax`.
 
     Source: Maddison et al. 2014, arXiv:1411.0030.
     """

@@ -11,12 +11,12 @@ from flowkernels._autograd import backward_of, reference_double_backward
 from flowkernels._library import operator, vmap_loop
 from flowkernels.ops.gumbel_argmax import reference
 
-forward_op = operator(
+forward_op: Any = operator(
     "gumbel_argmax(Tensor logits, Tensor seed, int stream, int samples) -> (Tensor, Tensor, Tensor)",
     reference.gumbel_argmax,
     vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
 )
-backward_op = operator(
+backward_op: Any = operator(
     "gumbel_argmax_backward(Tensor grad, Tensor logits, Tensor logsumexp, Tensor index) -> Tensor",
     reference.gumbel_argmax_backward,
     vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
@@ -38,7 +38,7 @@ class GumbelArgmax(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], logsumexp, index)
 
     @staticmethod
-    def backward(ctx: Any, _: Any, grad: Tensor, __: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, _: Any, grad: Tensor, __: Any) -> Any:
         return backward_of(GumbelArgmaxBackward, backward_op, grad, *ctx.saved_tensors), None, None, None
 
 
@@ -47,7 +47,8 @@ class GumbelArgmaxBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return backward_op(*args)
+        grad_logits: Tensor = backward_op(*args)
+        return grad_logits
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -55,7 +56,7 @@ class GumbelArgmaxBackward(torch.autograd.Function):
         ctx.save_for_backward(grad, logits, index)
 
     @staticmethod
-    def backward(ctx: Any, grad_grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_grad: Tensor) -> Any:
         grad, logits, index = ctx.saved_tensors
         grads = reference_double_backward(lambda x: (reference.log_prob(x, index),), (logits,), (grad,), (grad_grad,))
         return *grads, None, None

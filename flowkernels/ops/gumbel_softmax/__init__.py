@@ -34,27 +34,27 @@ def gumbel_softmax(
         y = softmax((logits + g) / tau)                            hard=False
         y = one_hot(argmax(logits + g)) forward, soft backward     hard=True
 
-    and dL/dlogits = (y / tau) (dy - sum y dy) in both cases. The argmax of y is an exact sample of softmax(logits). Noise is
-    drawn where it is used and never stored; neither is it needed by the gradient.
+    and dL/dlogits = (y / tau) (dy - sum y dy) in both cases. The argmax of y is an exact sample of softmax(logits).
+    Noise is drawn where it is used and never stored; neither is it needed by the gradient.
 
     Args:
-        logits: float64, float32, bfloat16 or float16, any shape; halves are calculated in float32. -inf is a category that is
-            never drawn.
-        tau: the temperature, > 0: a number, or a tensor with one temperature per row, which may have a gradient: broadcastable
-            to logits with `dim` of size 1 (as many dimensions as logits) or left out (fewer).
+        logits: float64, float32, bfloat16 or float16, any shape; halves are calculated in float32. -inf is a category
+            that is never drawn.
+        tau: the temperature, > 0: a number, or a tensor with one temperature per row, which may have a gradient:
+            broadcastable to logits with `dim` of size 1 (as many dimensions as logits) or left out (fewer).
         hard: exactly one-hot values with the gradient of the soft ones (straight-through).
         dim: the dimension of the categories.
-        seed: see `flowkernels.random.draw_stream`; None draws from torch's generator. The element e of the noise belongs to
-            element e of logits with `dim` moved to the end.
+        seed: see `flowkernels.random.draw_stream`; None draws from torch's generator. Element e of the noise belongs
+            to element e of logits with `dim` moved to the end.
         eps: torch has this argument and ignores it; so it is here.
 
     Returns:
         y, in logits' shape and dtype.
 
     Raises:
-        TypeError, ValueError: the argument, what it was and what it should be. Values (tau <= 0 or NaN in a tensor, a row of
-            -inf alone) are looked at only where that waits for no device and breaks no trace: on the CPU, outside of
-            torch.compile and torch.func; elsewhere such rows become NaN.
+        TypeError, ValueError: the argument, what it was and what it should be. Values (tau <= 0 or NaN in a tensor, a
+            row of -inf alone) are looked at only where that waits for no device and breaks no trace: on the CPU,
+            outside of torch.compile and torch.func. Elsewhere a row of -inf becomes NaN.
 
     Sources: Jang et al. 2017, arXiv:1611.01144; Maddison et al. 2017, arXiv:1611.00712.
     """

@@ -11,13 +11,13 @@ from flowkernels._autograd import backward_of
 from flowkernels._library import operator, vmap_loop
 from flowkernels.ops.gumbel_softmax import reference
 
-# One seed means one noise, whatever is mapped: vmap gives every element of the mapped dimension the noise it would have alone.
-forward_op = operator(
+# One seed means one noise, whatever is mapped: under vmap every element has the noise that it would have alone.
+forward_op: Any = operator(
     "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, int stream, bool hard) -> Tensor",
     reference.gumbel_softmax,
     vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
 )
-backward_op = operator(
+backward_op: Any = operator(
     "gumbel_softmax_backward(Tensor grad, Tensor y, Tensor tau, bool for_tau) -> (Tensor, Tensor)",
     reference.gumbel_softmax_backward,
     vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
@@ -29,7 +29,8 @@ class GumbelSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return forward_op(*args)
+        y: Tensor = forward_op(*args)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -37,7 +38,7 @@ class GumbelSoftmax(torch.autograd.Function):
         ctx.save_for_backward(*((logits, tau, seed) if ctx.hard else (output, tau)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         if ctx.hard:
             logits, tau, seed = ctx.saved_tensors
             y = backward_of(GumbelSoftmax, forward_op, logits, tau, seed, ctx.stream, False)
@@ -64,7 +65,7 @@ class GumbelSoftmaxBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor) -> Any:
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-            grads = reference.gumbel_softmax_backward(*leaves, ctx.for_tau)
+            grad, y, tau = leaves = tuple(t.detach().requires_grad_() for t in ctx.saved_tensors)
+            grads = reference.gumbel_softmax_backward(grad, y, tau, ctx.for_tau)
         used = 2 if ctx.for_tau else 1
         return *torch.autograd.grad(grads[:used], leaves, grad_grads[:used]), None

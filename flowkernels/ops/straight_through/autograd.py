@@ -10,7 +10,7 @@ from torch import Tensor
 from flowkernels._library import operator, vmap_loop
 from flowkernels.ops.straight_through import reference
 
-forward_op = operator(
+forward_op: Any = operator(
     "straight_through(Tensor x, Tensor? seed, int stream, int kind, float threshold) -> Tensor",
     reference.straight_through,
     vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
@@ -31,5 +31,5 @@ class StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return None, grad, None, None, None, None

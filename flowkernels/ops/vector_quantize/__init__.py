@@ -22,7 +22,7 @@ class Quantized(NamedTuple):
     """What `vector_quantize` returns."""
 
     quantized: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody asks of three tensors
     loss: Tensor
 
 
@@ -44,8 +44,8 @@ def vector_quantize(
         dim: the dimension of the vectors' features, e.g. 1 for images (B, D, H, W).
 
     Returns:
-        quantized (..., D) in x's dtype and layout of dimensions; index (...) int64, the smallest of equally near codes; loss (...)
-        per vector, in at least float32.
+        quantized (..., D) in x's dtype; index (...) int64, the first of equally near codes; loss (...) per vector,
+        in at least float32.
 
     Raises:
         TypeError, ValueError: the argument, what it was and what it should be.
@@ -89,12 +89,17 @@ def _check(x: Tensor, codebook: Tensor, dim: int) -> int:
     dim = check_dim(x, dim, "x")
     if codebook.dim() != 2 or codebook.shape[0] < 1:
         raise ValueError(f"codebook must have shape (codes >= 1, features), got {tuple(codebook.shape)}")
-    check_shape("codebook", codebook, (codebook.shape[0], x.shape[dim]), f"one row per code, x's size in dimension {dim}")
+    check_shape(
+        "codebook",
+        codebook,
+        (codebook.shape[0], x.shape[dim]),
+        f"one row per code, x's size in dimension {dim}",
+    )
     return dim
 
 
 def code_sums(x: Tensor, index: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """The sum (codes, D) and the number (codes,) of the vectors x (N, D) of each code, summed in their order; no gradient."""
+    """The sum (codes, D) and the number (codes,) of the vectors x (N, D) of each code, in their order; no gradient."""
     check_float_tensor("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape (vectors, features), got {tuple(x.shape)}")

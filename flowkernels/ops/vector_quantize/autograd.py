@@ -11,7 +11,7 @@ from flowkernels._autograd import backward_of, reference_double_backward
 from flowkernels._library import operator, vmap_loop
 from flowkernels.ops.vector_quantize import reference
 
-forward_op = operator(
+forward_op: Any = operator(
     "vector_quantize(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor)",
     reference.vector_quantize,
     vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
@@ -21,19 +21,19 @@ forward_op = operator(
         x.new_empty(x.shape[0]),
     ),
 )
-nearest_op = operator(
+nearest_op: Any = operator(
     "nearest_code(Tensor x, Tensor codebook) -> Tensor",
     reference.nearest_code,
     vmap=lambda info, dims, *args: vmap_loop(nearest_op, info, dims, args),
     fake=lambda x, codebook: x.new_empty(x.shape[0], dtype=torch.int64),
 )
-backward_op = operator(
+backward_op: Any = operator(
     "vector_quantize_backward(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, Tensor index, "
     "float commitment, float codebook_weight, bool for_codebook) -> (Tensor, Tensor)",
     reference.vector_quantize_backward,
     vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
-sums_op = operator(
+sums_op: Any = operator(
     "vector_quantize_sums(Tensor x, Tensor index, SymInt codes) -> (Tensor, Tensor)",
     reference.vector_quantize_sums,
     vmap=lambda info, dims, *args: vmap_loop(sums_op, info, dims, args),
@@ -44,7 +44,9 @@ class VectorQuantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, commitment: float, codebook_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor, codebook: Tensor, commitment: float, codebook_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         quantized, index, distance = forward_op(x, codebook)
         return quantized, index, (commitment + codebook_weight) * distance
 
@@ -55,7 +57,7 @@ class VectorQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, codebook, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_quantized: Tensor, _: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_quantized: Tensor, _: Any, grad_loss: Tensor) -> Any:
         inputs = (grad_quantized, grad_loss, *ctx.saved_tensors, *ctx.weights, ctx.needs_input_grad[1])
         grad_x, grad_codebook = backward_of(VectorQuantizeBackward, backward_op, *inputs)
         return grad_x, grad_codebook if ctx.needs_input_grad[1] else None, None, None

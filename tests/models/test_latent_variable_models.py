@@ -1,0 +1,155 @@
+"""DiscreteVAE, VQVAE and GaussianMixture."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+from sklearn.mixture import GaussianMixture as SklearnMixture
+
+from flowkernels import testing
+from flowkernels.demo.common import LEVELS as GREY_LEVELS
+from flowkernels.demo.common import Options, load_digits
+from flowkernels.models import VQVAE, DiscreteVAE, GaussianMixture
+from flowkernels.models.discrete_vae import binomial_log_likelihood
+from flowkernels.objectives import elbo_discrete
+
+
+def small_vae() -> DiscreteVAE:
+    torch.manual_seed(1)
+    return DiscreteVAE(4, latents=2, categories=3, hidden_features=(8,), levels=2).double()
+
+
+def test_binomial() -> None:
+    x, logits = torch.tensor([[0.0, 3.0, 16.0]]), torch.tensor([[0.3, -1.0, 2.0]])
+    expected = stats.binom.logpmf(x, 16, logits.sigmoid()).sum()
+    assert binomial_log_likelihood(x, logits, 16).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_probabilities_of_every_x_sum_to_one() -> None:
+    x = torch.tensor(list(itertools.product(range(3), repeat=4)), dtype=torch.float64)
+    assert small_vae().log_prob(x).exp().sum().item() == pytest.approx(1.0)
+
+
+def test_elbo_is_log_prob_minus_kl() -> None:
+    model = small_vae()
+    x = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 0]], dtype=torch.float64)
+    elbo, log_prob = model.elbo(x, estimator="exact"), model.log_prob(x)
+    assert (elbo < log_prob).all()
+    q = model.encode(x).softmax(-1)
+    kl = torch.zeros(2, dtype=torch.float64)
+    for a, b in itertools.product(range(3), repeat=2):
+        z = torch.nn.functional.one_hot(torch.tensor([a, b]), 3).double().expand(2, 2, 3)
+        log_q = (q[:, 0, a] * q[:, 1, b]).log()
+        posterior = model.log_likelihood(x, z) - 2 * math.log(3) - log_prob
+        kl += log_q.exp() * (log_q - posterior)
+    torch.testing.assert_close(elbo, log_prob - kl)
+
+
+def test_vae_samples_follow_its_probabilities() -> None:
+    model = small_vae()
+    x = model.sample(100_000, seed=2)
+    every = torch.tensor(list(itertools.product(range(3), repeat=4)), dtype=torch.float64)
+    counts = (x @ torch.tensor([27.0, 9.0, 3.0, 1.0], dtype=x.dtype)).long().bincount(minlength=81)
+    expected = model.log_prob(every).exp().detach() * 100_000
+    assert stats.chisquare(counts, expected * (counts.sum() / expected.sum())).pvalue > 1e-3
+
+
+def test_exact_estimator_agrees_with_samples_of_a_mixture() -> None:
+    model = GaussianMixture(2, 5).double()
+    with torch.no_grad():
+        model.logits.copy_(testing.random_tensor((5,), torch.float64))
+    x = testing.random_tensor((7, 2), torch.float64, seed=1)
+    target = model.log_target(x)
+    # At the exact posterior the bound is tight, and its gradient is that of the likelihood.
+    posterior = model.posterior(x).detach()[:, None]
+    elbo = elbo_discrete(posterior, target, estimator="exact")
+    torch.testing.assert_close(elbo, model.log_prob(x))
+    parameters = tuple(model.parameters())
+    got = torch.autograd.grad(elbo.sum(), parameters)
+    expected = torch.autograd.grad(model.log_prob(x).sum(), parameters)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+    # Every sample has the value log p(x) there: an estimator of variance zero.
+    sampled = elbo_discrete(posterior, target, estimator="score_function", entropy="sampled", samples=9, seed=1)
+    torch.testing.assert_close(sampled, model.log_prob(x))
+
+
+def test_mixture_against_scikit_learn() -> None:
+    x = torch.cat([testing.random_tensor((200, 2), torch.float64, seed=s) + 4 * s for s in range(3)])
+    theirs = SklearnMixture(3, covariance_type="diag", random_state=0, tol=1e-9, max_iter=500).fit(x.numpy())
+    model = GaussianMixture(2, 3).double()
+    with torch.no_grad():
+        model.logits.copy_(torch.tensor(theirs.weights_).log())
+        model.means.copy_(torch.tensor(theirs.means_))
+        model.log_scales.copy_(torch.tensor(theirs.covariances_).log() / 2)
+    torch.testing.assert_close(model.log_prob(x), torch.tensor(theirs.score_samples(x.numpy())))
+    torch.testing.assert_close(
+        model.posterior(x).exp(), torch.tensor(theirs.predict_proba(x.numpy())), atol=1e-9, rtol=1e-6
+    )
+
+
+def test_em_never_lowers_the_likelihood_and_finds_the_components() -> None:
+    x = torch.cat([0.5 * testing.random_tensor((200, 2), torch.float64, seed=s) + 4 * s for s in range(3)])
+    torch.manual_seed(0)
+    model = GaussianMixture(2, 3).double()
+    with torch.no_grad():
+        model.means.copy_(x[[0, 250, 500]])
+    values = []
+    for _ in range(30):
+        values.append(model.log_prob(x).mean().item())
+        model.em_step(x)
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(values))
+    assert sorted(model.means[:, 0].tolist()) == pytest.approx([0, 4, 8], abs=0.15)
+
+
+def test_mixture_samples() -> None:
+    torch.manual_seed(0)
+    model = GaussianMixture(1, 3).double()
+    x = model.sample(50_000, seed=1)[:, 0].numpy()
+    weights = model.logits.softmax(-1).detach().numpy()
+
+    def cdf(t):
+        parts = zip(weights, model.means[:, 0].tolist(), model.log_scales[:, 0].exp().tolist(), strict=True)
+        return sum(w * stats.norm.cdf(t, m, s) for w, m, s in parts)
+
+    assert stats.kstest(x, cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("decay", [0.99, None])
+def test_vqvae_shapes_and_gradients(decay: float | None) -> None:
+    model = VQVAE(codes=8, code_features=4, hidden_channels=8, levels=GREY_LEVELS - 1, decay=decay)
+    x = load_digits().test[:6].reshape(6, 1, 8, 8)
+    loss = model.loss(x)
+    assert loss.shape == (6,)
+    loss.mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert model.encode(x).shape == (6, 4, 4)
+    assert model.reconstruct(x).shape == x.shape
+    assert model.sample(3, (8, 8), seed=0).shape == (3, 1, 8, 8)
+    model.eval()
+    assert (model.elbo(x) < 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dvae", "vqvae"])
+def test_they_learn_the_digits(name: str, tmp_path: Path) -> None:
+    """After a few epochs both beat the best model without latents by far."""
+    demo = importlib.import_module(f"flowkernels.demo.{name}")
+    demo.run(Options(out=tmp_path, epochs=12))
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["bits_per_dim"] < found["without_latents"] - 0.8
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_bad_sizes() -> None:
+    with pytest.raises(ValueError, match="latents must be at least 1, got 0"):
+        DiscreteVAE(4, latents=0)
+    with pytest.raises(ValueError, match="components must be at least 1"):
+        GaussianMixture(2, 0)
