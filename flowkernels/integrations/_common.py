@@ -15,6 +15,7 @@ import copy
 import copyreg
 import functools
 import hashlib
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -318,11 +319,23 @@ class Network:
     # -- running it --------------------------------------------------------------------------------------------------
 
     def run(
-        self, x: Tensor, context: Tensor | None, inverse: bool, law: ScaleLaw, form: str = "scale_shift"
+        self,
+        x: Any,
+        context: Any,
+        inverse: bool,
+        law: ScaleLaw,
+        form: str = "scale_shift",
+        *,
+        rank: int | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """(y, logdet) for x (..., D), or None: the peer has to do this call. `ready` must have been asked before."""
+        """(y, logdet) for x (..., D), or None: the peer has to do this call. `ready` must have been asked before.
+
+        `rank` is the number of dimensions that x must have, if the peer takes no other.
+        """
         assert self.structure is not None
-        if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != self.features or runs_reference(x):
+        if not isinstance(x, Tensor) or not (context is None or isinstance(context, Tensor)):
+            return None
+        if x.dim() != (rank or max(1, x.dim())) or x.shape[-1] != self.features or runs_reference(x):
             return None
         if not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter):
             return None
@@ -535,7 +548,12 @@ def _subclass(original: Any, mixin: Any) -> Any:
     """The subclass of `original` with the methods of `mixin`; made once, and named as the peer names its own."""
     key = (original, mixin)
     if key not in _subclasses:
-        methods = {name: value for kind in (Replaced, mixin) for name, value in vars(kind).items() if callable(value)}
+        methods = {
+            name: _named_as(value, getattr(original, name, value))
+            for kind in (Replaced, mixin)
+            for name, value in vars(kind).items()
+            if isinstance(value, types.FunctionType)
+        }
         names = {
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
@@ -544,6 +562,17 @@ def _subclass(original: Any, mixin: Any) -> Any:
         }
         _subclasses[key] = type(original)(original.__name__, (original,), {**methods, **names})
     return _subclasses[key]
+
+
+def _named_as(function: types.FunctionType, other: Any) -> types.FunctionType:
+    """A copy of `function` under the name that `other` has in error messages and help()."""
+    named = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    named.__kwdefaults__ = function.__kwdefaults__
+    named.__qualname__ = getattr(other, "__qualname__", function.__qualname__)
+    named.__doc__ = getattr(other, "__doc__", None)
+    return named
 
 
 _subclasses: dict[tuple[Any, Any], Any] = {}
