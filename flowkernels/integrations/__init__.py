@@ -100,7 +100,7 @@ def describe(model: nn.Module) -> list[Entry]:
             what = "left: no kernel for this class" if peer else "left: not a flow of " + ", ".join(PEERS)
             if next(module.children(), None) is not None:
                 what = "left: its parts are listed below"
-        else:
+        elif _is_closed(module):
             inside.append(name + "." if name else "")
         entries.append(Entry(name, kind, what))
     return entries
@@ -116,13 +116,18 @@ def _what(module: nn.Module) -> str | None:
     if _common.is_replaced(module):
         data = module.__dict__[_common.STATE].data
         reason = data.why_not_now() if hasattr(data, "why_not_now") else None
-        return f"accelerated: {adapter.what}" if reason is None else f"accelerated, but for now left: {reason}"
+        return f"accelerated: {adapter.variant(data)[1]}" if reason is None else f"accelerated, but for now left: {reason}"
     try:
         _, data = _common.prepare(module)
     except _common.Left as left:
         return f"left: {left}"
     reason = data.why_not_now() if hasattr(data, "why_not_now") else None
-    return f"can be accelerated: {adapter.what}" if reason is None else f"left: {reason}"
+    return f"can be accelerated: {adapter.variant(data)[1]}" if reason is None else f"left: {reason}"
+
+
+def _is_closed(module: nn.Module) -> bool:
+    adapter = _common.adapter_of(module)
+    return adapter is not None and adapter.closed
 
 
 def _check(model: object) -> None:

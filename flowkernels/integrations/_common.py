@@ -17,8 +17,9 @@ import functools
 import hashlib
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from flowkernels._backend import runs_reference
 from flowkernels.ops.maf import maf_forward, maf_inverse
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline
 
 STATE = "_flowkernels"
 
@@ -179,6 +181,29 @@ class Structure:
     columns: tuple[int, int] | None = None
 
 
+def may_run() -> bool:
+    """Whether a call may go to the kernels, which know no forward-mode derivatives, no functorch and no tracing."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return (
+        forward_ad._current_level < 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not _is_tracing()
+    )
+
+
+def takes(x: Any, *others: Any) -> bool:
+    """Whether an elementwise operator may run on these tensors now: plain ones of one dtype and device."""
+    if not (isinstance(x, Tensor) and may_run()) or runs_reference(x):
+        return False
+    for t in (x, *others):
+        if not isinstance(t, Tensor) or t.dtype != x.dtype or t.device != x.device:
+            return False
+        if not torch.compiler.is_compiling() and type(t) not in (Tensor, nn.Parameter):
+            return False
+    return bool(x.is_floating_point())
+
+
 class Network:
     """A peer's masked network, ready to be run; notices when it changes.
 
@@ -298,16 +323,12 @@ class Network:
 
     def ready(self) -> bool:
         """Whether the kernels may run now: nothing has changed, and nothing but the kernels has to see this call."""
+        if not may_run():
+            return False
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() or self.structure is None:
+            if self.structure is None:
                 return False
-        elif (
-            self._stale()
-            or self._has_hooks()
-            or forward_ad._current_level >= 0
-            or torch._C._functorch.maybe_current_level() is not None
-            or _is_tracing()
-        ):
+        elif self._stale() or self._has_hooks():
             return False
         return not any(dropout.p and dropout.training for dropout in self.reader.dropouts)
 
@@ -377,7 +398,10 @@ class Network:
         begin, end = self._context_range()
         if context.dim() < 1 or context.shape[-1] != end - begin or context.dtype != weight.dtype:
             return None
-        if torch.broadcast_shapes(context.shape[:-1], batch) != batch:
+        given = context.shape[:-1]
+        if given != batch and (
+            len(given) > len(batch) or any(a not in (1, b) for a, b in zip(given[::-1], batch[::-1], strict=False))
+        ):
             return None
         columns = weight[:, begin:end]
         if not self._context_all:
@@ -439,6 +463,11 @@ def law_of(name: str, **parameters: float) -> ScaleLaw:
     return ScaleLaw(name, **parameters)
 
 
+@functools.lru_cache(maxsize=64)
+def spline_of(style: str, bins: int, **parameters: float) -> RQSpline:
+    return RQSpline(style, bins, **parameters)
+
+
 # ---- replacing and restoring a module ------------------------------------------------------------------------------
 
 
@@ -477,6 +506,9 @@ class Adapter:
         base: the peer's class. methods: those of its methods that the replacement stands for; where a subclass or an
             instance has its own, the module is left alone. mixin: the methods that replace them.
         make: gives what the mixin's methods need, or raises `Left`. what: the replacement in words.
+        hides: instance attributes that would stand before the mixin's methods. closed: whether the parts inside belong to
+            the replacement, so that they are not looked at on their own. variants: other mixins and words, by the type of
+            what `make` gives.
     """
 
     base: type[nn.Module]
@@ -485,6 +517,12 @@ class Adapter:
     make: Callable[[Any], Any]
     what: str
     hides: tuple[str, ...] = ()
+    closed: bool = True
+    variants: Mapping[type, tuple[type[Replaced], str]] = MappingProxyType({})
+
+    def variant(self, data: Any) -> tuple[type[Replaced], str]:
+        """The mixin and the words that fit what `make` gave."""
+        return self.variants.get(type(data), (self.mixin, self.what))
 
 
 class State:
@@ -534,7 +572,7 @@ def attach(module: nn.Module, prepared: tuple[Adapter, Any] | None = None) -> No
         raise Left(reason)
     hidden = {name: module.__dict__.pop(name) for name in adapter.hides if name in module.__dict__}
     module.__dict__[STATE] = State(module, data, hidden)
-    module.__class__ = _subclass(type(module), adapter.mixin)
+    module.__class__ = _subclass(type(module), adapter.variant(data)[0])
 
 
 def detach(module: nn.Module) -> None:
