@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from flowkernels import _library
-from flowkernels.integrations import _common
+from flowkernels.integrations import _common, nflows
 
-__all__ = ["Entry", "accelerate", "accelerated", "deaccelerate", "describe"]
+__all__ = ["Entry", "accelerate", "accelerated", "deaccelerate", "describe", "nflows"]
 
 PEERS = {"nflows": "nflows", "zuko": "zuko", "normflows": "normflows", "pyro": "pyro-ppl"}
 
@@ -116,7 +116,9 @@ def _what(module: nn.Module) -> str | None:
     if _common.is_replaced(module):
         data = module.__dict__[_common.STATE].data
         reason = data.why_not_now() if hasattr(data, "why_not_now") else None
-        return f"accelerated: {adapter.variant(data)[1]}" if reason is None else f"accelerated, but for now left: {reason}"
+        return (
+            f"accelerated: {adapter.variant(data)[1]}" if reason is None else f"accelerated, but for now left: {reason}"
+        )
     try:
         _, data = _common.prepare(module)
     except _common.Left as left:

@@ -185,11 +185,7 @@ def may_run() -> bool:
     """Whether a call may go to the kernels, which know no forward-mode derivatives, no functorch and no tracing."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return (
-        forward_ad._current_level < 0
-        and torch._C._functorch.maybe_current_level() is None
-        and not _is_tracing()
-    )
+    return forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None and not _is_tracing()
 
 
 def takes(x: Any, *others: Any) -> bool:

@@ -6,14 +6,16 @@ import math
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from flowkernels.integrations._common import Adapter, Left, Replaced, law_of, spline_of, takes
 from flowkernels.integrations._made import TRANSFORM_METHODS, AffineMade, MadeNetwork
+from flowkernels.integrations._nflows_models import from_nflows, to_nflows
 from flowkernels.ops.affine_coupling import affine_coupling
 from flowkernels.ops.rq_spline import rq_spline
 from flowkernels.transforms import RQSpline
+
+__all__ = ["TESTED", "adapters", "from_nflows", "to_nflows"]
 
 TESTED = ("0.14", "0.15")
 
@@ -49,19 +51,11 @@ def _couple(transform: Any, inputs: Any, context: Any, inverse: bool) -> tuple[T
     moved, kept = transform.transform_features, transform.identity_features
     if inputs.shape[1] != transform.features or not takes(inputs) or not len(moved) or not len(kept):
         return None
-    identity = inputs[:, kept, ...]
-    parameters = transform.transform_net(identity, context)
-    if takes(inputs, parameters) and parameters.shape == (inputs.shape[0], 2 * len(moved)):
-        shift, scale = parameters.chunk(2, dim=1)
-        return affine_coupling(inputs, shift, scale, mask=moved, law=_SIGMOID, inverse=inverse)
-    # The network has run and must not run twice: the rest of nflows' own way.
-    peer = transform._flowkernels_class
-    step = peer._coupling_transform_inverse if inverse else peer._coupling_transform_forward
-    split, logdet = step(transform, inputs=inputs[:, moved, ...], transform_params=parameters)
-    outputs = torch.empty_like(inputs)
-    outputs[:, kept, ...] = identity
-    outputs[:, moved, ...] = split
-    return outputs, logdet
+    parameters = transform.transform_net(inputs[:, kept, ...], context)
+    if not takes(inputs, parameters) or parameters.shape != (inputs.shape[0], 2 * len(moved)):
+        return None  # broadcast or mixed types: nflows runs its network once more and sees to them
+    shift, scale = parameters.chunk(2, dim=1)
+    return affine_coupling(inputs, shift, scale, mask=moved, law=_SIGMOID, inverse=inverse)
 
 
 def _affine(inputs: Any, parameters: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
@@ -116,9 +110,7 @@ def _spline(transform: Any, net: Any, *, warn: bool) -> RQSpline | None:
     if width is None and warn:
         width = getattr(net, "hidden_channels", None)
         if width is None:
-            warnings.warn(
-                "Inputs to the softmax are not scaled down: initialization might be bad.", stacklevel=4
-            )
+            warnings.warn("Inputs to the softmax are not scaled down: initialization might be bad.", stacklevel=4)
     try:
         return spline_of(
             "nflows",

@@ -38,29 +38,13 @@ def _map(flow: Any, z: Any, inverse: bool) -> tuple[list[Tensor], Tensor] | None
     param = flow.param_map(z1)
     batch, channels, *rest = z2.shape
     if not takes(z2, param) or param.shape != (batch, 2 * channels, *rest):
-        return _plainly(flow, z1, z2, param, inverse)
+        return None  # broadcast or mixed types: normflows runs its network once more and sees to them
     shift, scale = (param[:, i::2, ...].reshape(batch, -1) for i in (0, 1))
     rows = z2.reshape(batch, -1)
     y, logdet = affine_coupling(
         rows, -shift if flipped else shift, scale, law=law, form=form, inverse=inverse != flipped
     )
     return [z1, y.reshape(z2.shape)], logdet
-
-
-def _plainly(flow: Any, z1: Any, z2: Any, param: Any, inverse: bool) -> Any:
-    """normflows' own way from the parameters on: its network has run and must not run twice."""
-    twin = object.__new__(flow._flowkernels_class)
-    twin.__dict__.update(flow.__dict__, _modules={"param_map": _Given(param)})
-    return (flow._flowkernels_class.inverse if inverse else flow._flowkernels_class.forward)(twin, [z1, z2])
-
-
-class _Given(nn.Module):
-    def __init__(self, value: Any) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, _: Any) -> Any:
-        return self.value
 
 
 # Law, form, and whether the direction is flipped, the shift then changing its sign.

@@ -130,14 +130,10 @@ def _couple(transform: Any, x: Any, inverse: bool) -> Any:
         return None
     first, second = x.split([this.split_dim, x.shape[-1] - this.split_dim], dim=-1)
     mean, log_scale = this.nn(first)
-    if takes(x, mean, log_scale) and mean.shape == second.shape == log_scale.shape:
-        y, logdet = affine_coupling(second, mean, log_scale, law=law, inverse=inverse)
-        this._cached_log_scale = (-logdet if inverse else logdet).unsqueeze(-1)
-        return torch.cat([first, y], dim=-1)
-    # The network has run and must not run twice: the rest of Pyro's own way.
-    log_scale = log_scale + (log_scale.clamp(this.log_scale_min_clip, this.log_scale_max_clip) - log_scale).detach()
-    this._cached_log_scale = log_scale
-    y = (second - mean) * torch.exp(-log_scale) if inverse else torch.exp(log_scale) * second + mean
+    if not takes(x, mean, log_scale) or not mean.shape == second.shape == log_scale.shape:
+        return None  # broadcast or mixed types: Pyro runs its network once more and sees to them
+    y, logdet = affine_coupling(second, mean, log_scale, law=law, inverse=inverse)
+    this._cached_log_scale = (-logdet if inverse else logdet).unsqueeze(-1)
     return torch.cat([first, y], dim=-1)
 
 

@@ -249,9 +249,7 @@ def _coupling_class() -> Any:
                 kept, moved = self.split(x)
                 moved, ladj = rq_spline(moved, theta, spline=univariate, inverse=inverse)
                 return self.merge(kept, moved, x.shape), ladj
-            return affine_coupling(
-                x, theta[..., 0], theta[..., 1], mask=self.idx_b, law=univariate, inverse=inverse
-            )
+            return affine_coupling(x, theta[..., 0], theta[..., 1], mask=self.idx_b, law=univariate, inverse=inverse)
 
         def _call(self, x: Tensor) -> Any:
             done = self._run(x, False)

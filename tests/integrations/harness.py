@@ -97,7 +97,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         yield counts
 
 
-def life(make: Callable[[], nn.Module], call: Call, inputs: Sequence[Tensor], accelerated: Callable[[nn.Module], bool]) -> None:
+def life(
+    make: Callable[[], nn.Module], call: Call, inputs: Sequence[Tensor], accelerated: Callable[[nn.Module], bool]
+) -> None:
     """Through training, state_dict, deepcopy, pickle and back: always the peer's numbers."""
     peer = make()
     fast = fk.accelerate(copy.deepcopy(peer))
