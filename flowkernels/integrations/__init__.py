@@ -96,11 +96,13 @@ def describe(model: nn.Module) -> list[Entry]:
         peer = _peer_of(module)
         kind = f"{peer}.{type(module).__name__}" if peer else type(module).__name__
         what = _what(module)
-        if what is None:
-            what = "left: no kernel for this class" if peer else "left: not a flow of " + ", ".join(PEERS)
-            if next(module.children(), None) is not None:
-                what = "left: its parts are listed below"
-        elif _is_closed(module):
+        if what is not None:
+            closed = _is_closed(module)
+        elif any(_common.adapter_of(m) is not None for m in module.modules()):
+            what, closed = "left: its parts are listed below", False
+        else:
+            what, closed = "left: no kernel for this class" if peer else "left: not a flow of " + ", ".join(PEERS), True
+        if closed:
             inside.append(name + "." if name else "")
         entries.append(Entry(name, kind, what))
     return entries

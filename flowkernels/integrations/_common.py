@@ -18,8 +18,7 @@ import hashlib
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -514,7 +513,7 @@ class Adapter:
     what: str
     hides: tuple[str, ...] = ()
     closed: bool = True
-    variants: Mapping[type, tuple[type[Replaced], str]] = MappingProxyType({})
+    variants: Mapping[type, tuple[type[Replaced], str]] = field(default_factory=dict)
 
     def variant(self, data: Any) -> tuple[type[Replaced], str]:
         """The mixin and the words that fit what `make` gave."""

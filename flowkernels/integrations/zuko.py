@@ -41,7 +41,7 @@ class MaskedNetwork(Network):
     def __init__(self, transform: Any) -> None:
         import zuko
 
-        self.transform, self.zuko = transform, zuko
+        self.transform, self.zuko, self.kind = transform, zuko, _transform_class()
         super().__init__(self._read)
         if self.structure is not None and self.steps > transform.passes:
             self.structure = None
@@ -106,7 +106,7 @@ class LazyMasked(Replaced):
         network: MaskedNetwork = self._flowkernels.data
         if network.transform is not self or not network.ready():
             return self._flowkernels_class.forward(self, c)
-        return _transform_class()(functools.partial(self.meta, c), self.passes, network, c)
+        return network.kind(functools.partial(self.meta, c), self.passes, network, c)
 
 
 class SplineNetwork:
@@ -119,6 +119,8 @@ class SplineNetwork:
         import zuko
 
         self.zuko, self.transform = zuko, transform
+        coupling = isinstance(transform, zuko.flows.coupling.GeneralCouplingTransform)
+        self.kind = _coupling_class() if coupling else _spline_class()
         self.univariate: Any = None
         self.reason = ""
         self.read()
@@ -174,7 +176,7 @@ class LazySpline(Replaced):
         if network.transform is not self or network.why_not_now() or not isinstance(network.univariate, RQSpline):
             return self._flowkernels_class.forward(self, c)
         this: Any = self
-        return _spline_class()(functools.partial(this.meta, c), this.passes, network, c)
+        return network.kind(functools.partial(this.meta, c), this.passes, network, c)
 
 
 @functools.cache
@@ -225,7 +227,7 @@ class LazyCoupling(Replaced):
         if network.transform is not self or network.why_not_now():
             return self._flowkernels_class.forward(self, c)
         this: Any = self
-        return _coupling_class()(functools.partial(this.meta, c), this.mask, network, c)
+        return network.kind(functools.partial(this.meta, c), this.mask, network, c)
 
 
 @functools.cache

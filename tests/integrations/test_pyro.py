@@ -83,7 +83,7 @@ def test_random_configurations(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     peer = transform(seed, **keywords)
     fast = fk.accelerate(copy.deepcopy(peer))
     assert accelerated(fast)
-    batch = r.choice([(), (3,), (0,), (2, 3)])
+    batch = r.choice([(), (3,), (2, 3)])
     inputs = [torch.randn(*batch, features), torch.randn(*batch, features)]
     if keywords["context"]:
         inputs.append(torch.randn(*r.choice([(), batch]), keywords["context"]))
@@ -97,9 +97,7 @@ def test_random_configurations(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         t = peer.condition(c[0].double()) if c else peer
         y = t(x.double()).float()
-    exact = copy.deepcopy(peer)
     assert_close_as_peer(peer.float(), fast.float(), _default_dtype_of_input(both), [x, y, *c])
-    assert exact is not peer
 
 
 def _default_dtype_of_input(call: Any) -> Any:
