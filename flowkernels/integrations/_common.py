@@ -29,12 +29,14 @@ from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from flowkernels._backend import runs_reference
-from flowkernels.ops.maf import maf_forward, maf_inverse
+from flowkernels._checks import COMPUTE_DTYPE
+from flowkernels.ops.maf import Step, run_chain
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import RQSpline
 
 STATE = "_flowkernels"
+_PLAIN = (Tensor, nn.Parameter)  # subclasses of a tensor may mean anything
 
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 _reconstructor: Any = copyreg._reconstructor  # type: ignore[attr-defined]
@@ -235,6 +237,9 @@ class Network:
         self.steps = plan.steps
         self.features = plan.features
         self._tables = [linear._parameters for linear in self.structure.linears]
+        self._shapes = [p.shape for table in self._tables for p in (table["weight"], table["bias"])]  # type: ignore[union-attr]
+        self._has_context = self.takes_context()
+        self._split = self.structure.columns if self._has_context else None
         context = self._context_mask()
         self._context_all = context is None or bool(context.all())
 
@@ -348,47 +353,60 @@ class Network:
 
         `rank` is the number of dimensions that x must have, if the peer takes no other.
         """
-        assert self.structure is not None
-        if not isinstance(x, Tensor) or not (context is None or isinstance(context, Tensor)):
+        if not isinstance(x, Tensor):
             return None
-        if x.dim() != (rank or max(1, x.dim())) or x.shape[-1] != self.features or runs_reference(x):
+        shape = x.shape
+        dims = len(shape)
+        if not dims or shape[-1] != self.features or runs_reference(x) or (rank is not None and rank != dims):
             return None
-        if not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter):
+        step = self.step(x, context, inverse, law, form)
+        if step is None:
+            return None
+        if dims == 2:
+            return run_chain(x, [step])
+        y, logdet = run_chain(x.reshape(-1, self.features), [step])
+        return y.reshape(shape), logdet.reshape(shape[:-1])
+
+    def step(self, x: Tensor, context: Any, inverse: bool, law: ScaleLaw, form: str) -> Step | None:
+        """This network's step of a chain on rows like `x`, or None where the peer has to do it.
+
+        What our operators would refuse, the peer's own code may know how to do, or how to refuse.
+        """
+        if not torch.compiler.is_compiling() and type(x) not in _PLAIN:
             return None
         try:
             parameters: list[Any] = [p for table in self._tables for p in (table["weight"], table["bias"])]
         except KeyError:  # reparametrised since
             return None
-        first: Tensor = parameters[0]
-        if x.dtype != first.dtype or x.device != first.device:
+        dtype, device = x.dtype, x.device
+        if dtype not in COMPUTE_DTYPE:
             return None
-        batch = x.shape[:-1]
-        try:
-            terms = None
-            if context is not None:
-                if not self.takes_context():
-                    return None
-                if self.structure.columns is None:
-                    assert self.terms is not None
-                    terms = self.terms(context)
-                else:
-                    terms = self._concatenated(first, parameters[1], context, batch)
-                if terms is None:
-                    return None
-            elif self.structure.columns is not None and self.takes_context():
+        for p, shape in zip(parameters, self._shapes, strict=True):
+            if p is None or p.dtype != dtype or p.device != device or p.shape != shape:
                 return None
-            if self.structure.columns is not None and self.takes_context():
-                parameters[0] = self._columns(first, *self.structure.columns)
-            plan = self._plan(context is not None)
-            rows = x if x.dim() == 2 else x.reshape(-1, self.features)
-            step = maf_inverse if inverse else maf_forward
-            y, logdet = step(rows, plan, parameters, context=terms, law=law, form=form)
-        except (TypeError, ValueError):
-            # What our operators refuse, the peer's own code may know how to do, or how to refuse.
-            return None
-        return (y, logdet) if x.dim() == 2 else (y.reshape(x.shape), logdet.reshape(batch))
+        terms = None
+        if context is not None:
+            if not self._has_context or not isinstance(context, Tensor):
+                return None
+            terms = self._context_terms(parameters, context, x.shape[:-1])
+            if terms is None or terms.dtype != dtype or terms.device != device:
+                return None
+        if self._split is not None:
+            if terms is None:
+                return None
+            parameters[0] = self._columns(parameters[0], *self._split)
+        return Step(self._plan(terms is not None), parameters, terms, law, form, inverse)
 
-    def _concatenated(self, weight: Tensor, bias: Any, context: Tensor, batch: torch.Size) -> Tensor | None:
+    def _context_terms(self, parameters: list[Any], context: Tensor, batch: torch.Size) -> Tensor | None:
+        if self._split is not None:
+            return self._concatenated(parameters[0], context, batch)
+        if self.terms is None or len(batch) != 1 or context.shape[:1] != batch:
+            return None
+        if context.dim() != 2 or context.dtype != parameters[0].dtype:
+            return None
+        return self.terms(context)
+
+    def _concatenated(self, weight: Tensor, context: Tensor, batch: torch.Size) -> Tensor | None:
         """The term of a context that the peer concatenates to x: calculated once per row of context, then spread."""
         begin, end = self._context_range()
         if context.dim() < 1 or context.shape[-1] != end - begin or context.dtype != weight.dtype:
