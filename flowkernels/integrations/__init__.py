@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from flowkernels import _library
-from flowkernels.integrations import _common
+from flowkernels.integrations import _common, nflows
 
-__all__ = ["Entry", "accelerate", "accelerated", "deaccelerate", "describe"]
+__all__ = ["Entry", "accelerate", "accelerated", "deaccelerate", "describe", "nflows"]
 
 PEERS = {"nflows": "nflows", "zuko": "zuko", "normflows": "normflows", "pyro": "pyro-ppl"}
 
@@ -96,11 +96,13 @@ def describe(model: nn.Module) -> list[Entry]:
         peer = _peer_of(module)
         kind = f"{peer}.{type(module).__name__}" if peer else type(module).__name__
         what = _what(module)
-        if what is None:
-            what = "left: no kernel for this class" if peer else "left: not a flow of " + ", ".join(PEERS)
-            if next(module.children(), None) is not None:
-                what = "left: its parts are listed below"
+        if what is not None:
+            closed = _is_closed(module)
+        elif any(_common.adapter_of(m) is not None for m in module.modules()):
+            what, closed = "left: its parts are listed below", False
         else:
+            what, closed = "left: no kernel for this class" if peer else "left: not a flow of " + ", ".join(PEERS), True
+        if closed:
             inside.append(name + "." if name else "")
         entries.append(Entry(name, kind, what))
     return entries
@@ -116,13 +118,20 @@ def _what(module: nn.Module) -> str | None:
     if _common.is_replaced(module):
         data = module.__dict__[_common.STATE].data
         reason = data.why_not_now() if hasattr(data, "why_not_now") else None
-        return f"accelerated: {adapter.what}" if reason is None else f"accelerated, but for now left: {reason}"
+        return (
+            f"accelerated: {adapter.variant(data)[1]}" if reason is None else f"accelerated, but for now left: {reason}"
+        )
     try:
         _, data = _common.prepare(module)
     except _common.Left as left:
         return f"left: {left}"
     reason = data.why_not_now() if hasattr(data, "why_not_now") else None
-    return f"can be accelerated: {adapter.what}" if reason is None else f"left: {reason}"
+    return f"can be accelerated: {adapter.variant(data)[1]}" if reason is None else f"left: {reason}"
+
+
+def _is_closed(module: nn.Module) -> bool:
+    adapter = _common.adapter_of(module)
+    return adapter is not None and adapter.closed
 
 
 def _check(model: object) -> None:

@@ -15,9 +15,10 @@ import copy
 import copyreg
 import functools
 import hashlib
+import types
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +29,14 @@ from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
 from flowkernels._backend import runs_reference
-from flowkernels.ops.maf import maf_forward, maf_inverse
+from flowkernels._checks import COMPUTE_DTYPE
+from flowkernels.ops.maf import Step, run_chain
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline
 
 STATE = "_flowkernels"
+_PLAIN = (Tensor, nn.Parameter)  # subclasses of a tensor may mean anything
 
 _is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 _reconstructor: Any = copyreg._reconstructor  # type: ignore[attr-defined]
@@ -178,6 +182,25 @@ class Structure:
     columns: tuple[int, int] | None = None
 
 
+def may_run() -> bool:
+    """Whether a call may go to the kernels, which know no forward-mode derivatives, no functorch and no tracing."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None and not _is_tracing()
+
+
+def takes(x: Any, *others: Any) -> bool:
+    """Whether an elementwise operator may run on these tensors now: plain ones of one dtype and device."""
+    if not (isinstance(x, Tensor) and may_run()) or runs_reference(x):
+        return False
+    for t in (x, *others):
+        if not isinstance(t, Tensor) or t.dtype != x.dtype or t.device != x.device:
+            return False
+        if not torch.compiler.is_compiling() and type(t) not in (Tensor, nn.Parameter):
+            return False
+    return bool(x.is_floating_point())
+
+
 class Network:
     """A peer's masked network, ready to be run; notices when it changes.
 
@@ -214,6 +237,9 @@ class Network:
         self.steps = plan.steps
         self.features = plan.features
         self._tables = [linear._parameters for linear in self.structure.linears]
+        self._shapes = [p.shape for table in self._tables for p in (table["weight"], table["bias"])]  # type: ignore[union-attr]
+        self._has_context = self.takes_context()
+        self._split = self.structure.columns if self._has_context else None
         context = self._context_mask()
         self._context_all = context is None or bool(context.all())
 
@@ -297,16 +323,12 @@ class Network:
 
     def ready(self) -> bool:
         """Whether the kernels may run now: nothing has changed, and nothing but the kernels has to see this call."""
+        if not may_run():
+            return False
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() or self.structure is None:
+            if self.structure is None:
                 return False
-        elif (
-            self._stale()
-            or self._has_hooks()
-            or forward_ad._current_level >= 0
-            or torch._C._functorch.maybe_current_level() is not None
-            or _is_tracing()
-        ):
+        elif self._stale() or self._has_hooks():
             return False
         return not any(dropout.p and dropout.training for dropout in self.reader.dropouts)
 
@@ -318,53 +340,81 @@ class Network:
     # -- running it --------------------------------------------------------------------------------------------------
 
     def run(
-        self, x: Tensor, context: Tensor | None, inverse: bool, law: ScaleLaw, form: str = "scale_shift"
+        self,
+        x: Any,
+        context: Any,
+        inverse: bool,
+        law: ScaleLaw,
+        form: str = "scale_shift",
+        *,
+        rank: int | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """(y, logdet) for x (..., D), or None: the peer has to do this call. `ready` must have been asked before."""
-        assert self.structure is not None
-        if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != self.features or runs_reference(x):
+        """(y, logdet) for x (..., D), or None: the peer has to do this call. `ready` must have been asked before.
+
+        `rank` is the number of dimensions that x must have, if the peer takes no other.
+        """
+        if not isinstance(x, Tensor):
             return None
-        if not torch.compiler.is_compiling() and type(x) not in (Tensor, nn.Parameter):
+        shape = x.shape
+        dims = len(shape)
+        if not dims or shape[-1] != self.features or runs_reference(x) or (rank is not None and rank != dims):
+            return None
+        step = self.step(x, context, inverse, law, form)
+        if step is None:
+            return None
+        if dims == 2:
+            return run_chain(x, [step])
+        y, logdet = run_chain(x.reshape(-1, self.features), [step])
+        return y.reshape(shape), logdet.reshape(shape[:-1])
+
+    def step(self, x: Tensor, context: Any, inverse: bool, law: ScaleLaw, form: str) -> Step | None:
+        """This network's step of a chain on rows like `x`, or None where the peer has to do it.
+
+        What our operators would refuse, the peer's own code may know how to do, or how to refuse.
+        """
+        if not torch.compiler.is_compiling() and type(x) not in _PLAIN:
             return None
         try:
             parameters: list[Any] = [p for table in self._tables for p in (table["weight"], table["bias"])]
         except KeyError:  # reparametrised since
             return None
-        first: Tensor = parameters[0]
-        if x.dtype != first.dtype or x.device != first.device:
+        dtype, device = x.dtype, x.device
+        if dtype not in COMPUTE_DTYPE:
             return None
-        batch = x.shape[:-1]
-        try:
-            terms = None
-            if context is not None:
-                if not self.takes_context():
-                    return None
-                if self.structure.columns is None:
-                    assert self.terms is not None
-                    terms = self.terms(context)
-                else:
-                    terms = self._concatenated(first, parameters[1], context, batch)
-                if terms is None:
-                    return None
-            elif self.structure.columns is not None and self.takes_context():
+        for p, shape in zip(parameters, self._shapes, strict=True):
+            if p is None or p.dtype != dtype or p.device != device or p.shape != shape:
                 return None
-            if self.structure.columns is not None and self.takes_context():
-                parameters[0] = self._columns(first, *self.structure.columns)
-            plan = self._plan(context is not None)
-            rows = x if x.dim() == 2 else x.reshape(-1, self.features)
-            step = maf_inverse if inverse else maf_forward
-            y, logdet = step(rows, plan, parameters, context=terms, law=law, form=form)
-        except (TypeError, ValueError):
-            # What our operators refuse, the peer's own code may know how to do, or how to refuse.
-            return None
-        return (y, logdet) if x.dim() == 2 else (y.reshape(x.shape), logdet.reshape(batch))
+        terms = None
+        if context is not None:
+            if not self._has_context or not isinstance(context, Tensor):
+                return None
+            terms = self._context_terms(parameters, context, x.shape[:-1])
+            if terms is None or terms.dtype != dtype or terms.device != device:
+                return None
+        if self._split is not None:
+            if terms is None:
+                return None
+            parameters[0] = self._columns(parameters[0], *self._split)
+        return Step(self._plan(terms is not None), parameters, terms, law, form, inverse)
 
-    def _concatenated(self, weight: Tensor, bias: Any, context: Tensor, batch: torch.Size) -> Tensor | None:
+    def _context_terms(self, parameters: list[Any], context: Tensor, batch: torch.Size) -> Tensor | None:
+        if self._split is not None:
+            return self._concatenated(parameters[0], context, batch)
+        if self.terms is None or len(batch) != 1 or context.shape[:1] != batch:
+            return None
+        if context.dim() != 2 or context.dtype != parameters[0].dtype:
+            return None
+        return self.terms(context)
+
+    def _concatenated(self, weight: Tensor, context: Tensor, batch: torch.Size) -> Tensor | None:
         """The term of a context that the peer concatenates to x: calculated once per row of context, then spread."""
         begin, end = self._context_range()
         if context.dim() < 1 or context.shape[-1] != end - begin or context.dtype != weight.dtype:
             return None
-        if torch.broadcast_shapes(context.shape[:-1], batch) != batch:
+        given = context.shape[:-1]
+        if given != batch and (
+            len(given) > len(batch) or any(a not in (1, b) for a, b in zip(given[::-1], batch[::-1], strict=False))
+        ):
             return None
         columns = weight[:, begin:end]
         if not self._context_all:
@@ -426,6 +476,11 @@ def law_of(name: str, **parameters: float) -> ScaleLaw:
     return ScaleLaw(name, **parameters)
 
 
+@functools.lru_cache(maxsize=64)
+def spline_of(style: str, bins: int, **parameters: float) -> RQSpline:
+    return RQSpline(style, bins, **parameters)
+
+
 # ---- replacing and restoring a module ------------------------------------------------------------------------------
 
 
@@ -464,6 +519,9 @@ class Adapter:
         base: the peer's class. methods: those of its methods that the replacement stands for; where a subclass or an
             instance has its own, the module is left alone. mixin: the methods that replace them.
         make: gives what the mixin's methods need, or raises `Left`. what: the replacement in words.
+        hides: instance attributes that would stand before the mixin's methods. closed: whether the parts inside belong to
+            the replacement, so that they are not looked at on their own. variants: other mixins and words, by the type of
+            what `make` gives.
     """
 
     base: type[nn.Module]
@@ -472,6 +530,12 @@ class Adapter:
     make: Callable[[Any], Any]
     what: str
     hides: tuple[str, ...] = ()
+    closed: bool = True
+    variants: Mapping[type, tuple[type[Replaced], str]] = field(default_factory=dict)
+
+    def variant(self, data: Any) -> tuple[type[Replaced], str]:
+        """The mixin and the words that fit what `make` gave."""
+        return self.variants.get(type(data), (self.mixin, self.what))
 
 
 class State:
@@ -521,7 +585,7 @@ def attach(module: nn.Module, prepared: tuple[Adapter, Any] | None = None) -> No
         raise Left(reason)
     hidden = {name: module.__dict__.pop(name) for name in adapter.hides if name in module.__dict__}
     module.__dict__[STATE] = State(module, data, hidden)
-    module.__class__ = _subclass(type(module), adapter.mixin)
+    module.__class__ = _subclass(type(module), adapter.variant(data)[0])
 
 
 def detach(module: nn.Module) -> None:
@@ -535,7 +599,12 @@ def _subclass(original: Any, mixin: Any) -> Any:
     """The subclass of `original` with the methods of `mixin`; made once, and named as the peer names its own."""
     key = (original, mixin)
     if key not in _subclasses:
-        methods = {name: value for kind in (Replaced, mixin) for name, value in vars(kind).items() if callable(value)}
+        methods = {
+            name: _named_as(value, getattr(original, name, value))
+            for kind in (Replaced, mixin)
+            for name, value in vars(kind).items()
+            if isinstance(value, types.FunctionType)
+        }
         names = {
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
@@ -544,6 +613,17 @@ def _subclass(original: Any, mixin: Any) -> Any:
         }
         _subclasses[key] = type(original)(original.__name__, (original,), {**methods, **names})
     return _subclasses[key]
+
+
+def _named_as(function: types.FunctionType, other: Any) -> types.FunctionType:
+    """A copy of `function` under the name that `other` has in error messages and help()."""
+    named = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    named.__kwdefaults__ = function.__kwdefaults__
+    named.__qualname__ = getattr(other, "__qualname__", function.__qualname__)
+    named.__doc__ = getattr(other, "__doc__", None)
+    return named
 
 
 _subclasses: dict[tuple[Any, Any], Any] = {}

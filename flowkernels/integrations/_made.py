@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowkernels.integrations._common import Left, Network, Reader, Replaced, Structure, law_of
+from flowkernels.integrations._common import Left, Network, Reader, Replaced, Structure
+from flowkernels.scales import ScaleLaw
 
 
 class MadeNetwork(Network):
@@ -22,6 +23,8 @@ class MadeNetwork(Network):
 
     def __init__(self, transform: Any, made: Any, normflows: bool) -> None:
         self.transform, self.made, self.normflows = transform, made, normflows
+        self._floor = 1e-3
+        self._law = ScaleLaw("sigmoid", offset=2.0, floor=1e-3) if normflows else ScaleLaw("softplus", floor=1e-3)
         super().__init__(self._read, self._terms)
 
     def _read(self, reader: Reader) -> Structure:
@@ -86,6 +89,13 @@ class MadeNetwork(Network):
             tuple(linears), tuple(activation), tuple(residual), ("scale", "shift"), context_layers=tuple(indices)
         )
 
+    def law(self) -> ScaleLaw:
+        """nflows keeps its floor as an attribute, normflows has sigmoid(u + 2) + 1e-3 written out."""
+        if not self.normflows and self.transform._epsilon != self._floor:
+            self._floor = self.transform._epsilon
+            self._law = ScaleLaw("softplus", floor=self._floor)
+        return self._law
+
     def _terms(self, context: Tensor) -> Tensor:
         first, *others = self.context
         terms = [self.net.activation(first(context)), *(layer(context) for layer in others)]  # type: ignore[operator]
@@ -98,7 +108,7 @@ class AffineMade(Replaced):
     def forward(self, inputs: Any, context: Any = None) -> Any:
         network: MadeNetwork = self._flowkernels.data
         if network.transform is self and network.ready():
-            done = network.run(inputs, context, False, affine_law(self)) if inputs.dim() == 2 else None
+            done = network.run(inputs, context, False, network.law(), rank=2)
             if done is not None:
                 return done
         return self._flowkernels_class.forward(self, inputs, context)
@@ -106,17 +116,10 @@ class AffineMade(Replaced):
     def inverse(self, inputs: Any, context: Any = None) -> Any:
         network: MadeNetwork = self._flowkernels.data
         if network.transform is self and network.ready():
-            done = network.run(inputs, context, True, affine_law(self)) if inputs.dim() == 2 else None
+            done = network.run(inputs, context, True, network.law(), rank=2)
             if done is not None:
                 return done
         return self._flowkernels_class.inverse(self, inputs, context)
-
-
-def affine_law(transform: Any) -> Any:
-    """nflows keeps its floor as an attribute, normflows has sigmoid(u + 2) + 1e-3 written out."""
-    if "_epsilon" in transform.__dict__:
-        return law_of("softplus", floor=transform._epsilon)
-    return law_of("sigmoid", offset=2.0, floor=1e-3)
 
 
 TRANSFORM_METHODS = (

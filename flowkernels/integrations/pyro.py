@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from flowkernels.integrations._common import Adapter, Left, Network, Reader, Replaced, Structure, attach, law_of
+from flowkernels.integrations._common import (
+    Adapter,
+    Left,
+    Network,
+    Reader,
+    Replaced,
+    Structure,
+    attach,
+    law_of,
+    takes,
+)
+from flowkernels.ops.affine_coupling import affine_coupling
 
 TESTED = ("1.9", "1.10")
 
@@ -96,6 +108,44 @@ class ConditionalIaf(Replaced):
         return transform
 
 
+class Coupling(Replaced):
+    """_call and _inverse of `pyro.distributions.transforms.AffineCoupling` over the last dimension."""
+
+    def _call(self, x: Any) -> Any:
+        done = _couple(self, x, False)
+        return self._flowkernels_class._call(self, x) if done is None else done
+
+    def _inverse(self, y: Any) -> Any:
+        done = _couple(self, y, True)
+        return self._flowkernels_class._inverse(self, y) if done is None else done
+
+
+def _couple(transform: Any, x: Any, inverse: bool) -> Any:
+    this = transform
+    if this.dim != -1 or not takes(x) or x.dim() < 1 or not 0 < this.split_dim < x.shape[-1]:
+        return None
+    try:
+        law = law_of("clip", lo=this.log_scale_min_clip, hi=this.log_scale_max_clip, pass_gradient=1.0)
+    except (TypeError, ValueError):
+        return None
+    first, second = x.split([this.split_dim, x.shape[-1] - this.split_dim], dim=-1)
+    mean, log_scale = this.nn(first)
+    if not takes(x, mean, log_scale) or not mean.shape == second.shape == log_scale.shape:
+        return None  # broadcast or mixed types: Pyro runs its network once more and sees to them
+    y, logdet = affine_coupling(second, mean, log_scale, law=law, inverse=inverse)
+    this._cached_log_scale = (-logdet if inverse else logdet).unsqueeze(-1)
+    return torch.cat([first, y], dim=-1)
+
+
+class ConditionalCoupling(Replaced):
+    """condition of `ConditionalAffineCoupling`."""
+
+    def condition(self, context: Any) -> Any:
+        transform = self._flowkernels_class.condition(self, context)
+        attach(transform, (_adapter("AffineCoupling"), None))
+        return transform
+
+
 class _Ready(tuple[Network, Tensor | None]):
     """(network, context), with the network's word on whether it can run."""
 
@@ -105,6 +155,12 @@ class _Ready(tuple[Network, Tensor | None]):
 
     def why_not_now(self) -> str | None:
         return self[0].why_not_now()
+
+
+def _along_last(transform: Any) -> None:
+    dim = transform.kwargs.get("dim", -1) if "kwargs" in transform.__dict__ else transform.dim
+    if dim != -1:
+        raise Left(f"it splits along dimension {dim}, not the last one")
 
 
 def adapters() -> list[Adapter]:
@@ -134,6 +190,14 @@ def adapters() -> list[Adapter]:
             ConditionalIaf,
             conditional,
             "the transform that condition() gives, by maf_forward and maf_inverse",
+        ),
+    ]
+    coupling_methods = ("_call", "_inverse", "log_abs_det_jacobian")
+    words = "affine map by affine_coupling; its network stays with Pyro"
+    found += [
+        Adapter(transforms.AffineCoupling, coupling_methods, Coupling, _along_last, words, closed=False),
+        Adapter(
+            transforms.ConditionalAffineCoupling, ("condition",), ConditionalCoupling, _along_last, words, closed=False
         ),
     ]
     _found.update({adapter.base.__name__: adapter for adapter in found})

@@ -7,13 +7,28 @@ replaced by a subclass of zuko's, so that whatever is done with it afterwards ru
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform, _InverseTransform
 
-from flowkernels.integrations._common import Adapter, Left, Network, Reader, Replaced, Structure, law_of
+from flowkernels.integrations._common import (
+    Adapter,
+    Left,
+    Network,
+    Reader,
+    Replaced,
+    Structure,
+    law_of,
+    spline_of,
+    takes,
+)
+from flowkernels.ops.affine_coupling import affine_coupling
+from flowkernels.ops.rq_spline import rq_spline
 from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline
 
 TESTED = ("1.6", "1.7")
 
@@ -26,7 +41,7 @@ class MaskedNetwork(Network):
     def __init__(self, transform: Any) -> None:
         import zuko
 
-        self.transform, self.zuko = transform, zuko
+        self.transform, self.zuko, self.kind = transform, zuko, _transform_class()
         super().__init__(self._read)
         if self.structure is not None and self.steps > transform.passes:
             self.structure = None
@@ -91,7 +106,183 @@ class LazyMasked(Replaced):
         network: MaskedNetwork = self._flowkernels.data
         if network.transform is not self or not network.ready():
             return self._flowkernels_class.forward(self, c)
-        return _transform_class()(functools.partial(self.meta, c), self.passes, network, c)
+        return network.kind(functools.partial(self.meta, c), self.passes, network, c)
+
+
+class SplineNetwork:
+    """A `MaskedAutoregressiveTransform` or `GeneralCouplingTransform` whose network stays zuko's.
+
+    `univariate` is what the kernels calculate of its parameters: a spline, or for couplings an affine transform.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        import zuko
+
+        self.zuko, self.transform = zuko, transform
+        coupling = isinstance(transform, zuko.flows.coupling.GeneralCouplingTransform)
+        self.kind = _coupling_class() if coupling else _spline_class()
+        self.univariate: Any = None
+        self.reason = ""
+        self.read()
+
+    def read(self) -> None:
+        transform = self.transform
+        self.seen = (transform.univariate, transform.shapes)
+        try:
+            self.univariate = _spline(self.zuko, *self.seen)
+            if self.univariate is None:
+                self.univariate = _law(self.zuko, *self.seen)
+            self.reason = ""
+        except Left as left:
+            self.univariate, self.reason = None, str(left)
+
+    def why_not_now(self) -> str | None:
+        if self.seen != (self.transform.univariate, self.transform.shapes):
+            self.read()
+        return self.reason or None
+
+    def parameters(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """(..., D, P), from zuko's network."""
+        if context is not None:
+            x = torch.cat(self.zuko.utils.broadcast(x, context, ignore=1), dim=-1)
+        phi: Any = self.transform.hyper(x)
+        theta: Tensor = phi.unflatten(-1, (-1, self.transform.total))
+        return theta
+
+
+def _spline(zuko: Any, univariate: Any, shapes: Any) -> RQSpline | None:
+    """The spline of a neural spline flow, None for other transforms."""
+    options: dict[str, Any] = {}
+    if isinstance(univariate, functools.partial) and not univariate.args:
+        options, univariate = univariate.keywords, univariate.func
+    if univariate is not zuko.transforms.MonotonicRQSTransform:
+        return None
+    sizes = [math.prod(shape) for shape in shapes]
+    if not set(options) <= {"slope", "bound"} or len(sizes) != 3 or sizes[0] != sizes[1] or sizes[2] != sizes[0] - 1:
+        raise Left(f"no kernel for splines with {options} and shapes {list(shapes)}")
+    try:
+        return spline_of(
+            "zuko", sizes[0], bound=float(options.get("bound", 5.0)), min_slope=float(options.get("slope", 1e-3))
+        )
+    except (TypeError, ValueError) as error:
+        raise Left(f"no kernel for this spline: {error}") from None
+
+
+class LazySpline(Replaced):
+    """forward of a `MaskedAutoregressiveTransform` of splines."""
+
+    def forward(self, c: Tensor | None = None) -> Any:
+        network: SplineNetwork = self._flowkernels.data
+        if network.transform is not self or network.why_not_now() or not isinstance(network.univariate, RQSpline):
+            return self._flowkernels_class.forward(self, c)
+        this: Any = self
+        return network.kind(functools.partial(this.meta, c), this.passes, network, c)
+
+
+@functools.cache
+def _spline_class() -> Any:
+    from zuko.transforms import AutoregressiveTransform
+
+    class Autoregressive(AutoregressiveTransform):  # type: ignore[misc]
+        """x_i -> spline(x_i; parameters of x_<i and c): zuko's network and passes, the spline by one operator."""
+
+        def __init__(self, meta: Any, passes: int, network: SplineNetwork, context: Tensor | None) -> None:
+            super().__init__(meta, passes)
+            self._network, self._context = network, context
+
+        def _fits(self, x: Any) -> bool:
+            c = self._context
+            return takes(x, x if c is None else c) and x.dim() > 0 and (c is None or _spreads(c, x))
+
+        def _run(self, x: Tensor, at: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+            network = self._network
+            return rq_spline(x, network.parameters(at, self._context), spline=network.univariate, inverse=inverse)
+
+        def _call(self, x: Tensor) -> Any:
+            return self._run(x, x, False)[0] if self._fits(x) else super()._call(x)
+
+        def _inverse(self, y: Tensor) -> Any:
+            return self._inverse_and_ladj(y)[0] if self._fits(y) else super()._inverse(y)
+
+        def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+            x, ladj = torch.zeros_like(y), y.new_zeros(y.shape[:-1])
+            for _ in range(self.passes):
+                x, ladj = self._run(y, x, True)
+            return x, ladj
+
+        def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Any:
+            return self._run(x, x, False)[1] if self._fits(x) else super().log_abs_det_jacobian(x, y)
+
+        def call_and_ladj(self, x: Tensor) -> Any:
+            return self._run(x, x, False) if self._fits(x) else super().call_and_ladj(x)
+
+    return _as(Autoregressive, AutoregressiveTransform)
+
+
+class LazyCoupling(Replaced):
+    """forward of `zuko.flows.coupling.GeneralCouplingTransform`."""
+
+    def forward(self, c: Tensor | None = None) -> Any:
+        network: SplineNetwork = self._flowkernels.data
+        if network.transform is not self or network.why_not_now():
+            return self._flowkernels_class.forward(self, c)
+        this: Any = self
+        return network.kind(functools.partial(this.meta, c), this.mask, network, c)
+
+
+@functools.cache
+def _coupling_class() -> Any:
+    from zuko.transforms import CouplingTransform
+
+    class Coupling(CouplingTransform):  # type: ignore[misc]
+        """The transformed split, and for affine transforms the merge with the other one, by one operator."""
+
+        def __init__(self, meta: Any, mask: Tensor, network: SplineNetwork, context: Tensor | None) -> None:
+            super().__init__(meta, mask)
+            self._network, self._context = network, context
+
+        def _run(self, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+            c = self._context
+            if not takes(x, x if c is None else c) or x.dim() < 1 or not (c is None or _spreads(c, x)):
+                return None
+            univariate = self._network.univariate
+            theta = self._network.parameters(x[..., self.idx_a], c)
+            if isinstance(univariate, RQSpline):
+                kept, moved = self.split(x)
+                moved, ladj = rq_spline(moved, theta, spline=univariate, inverse=inverse)
+                return self.merge(kept, moved, x.shape), ladj
+            return affine_coupling(x, theta[..., 0], theta[..., 1], mask=self.idx_b, law=univariate, inverse=inverse)
+
+        def _call(self, x: Tensor) -> Any:
+            done = self._run(x, False)
+            return super()._call(x) if done is None else done[0]
+
+        def _inverse(self, y: Tensor) -> Any:
+            done = self._run(y, True)
+            return super()._inverse(y) if done is None else done[0]
+
+        def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Any:
+            done = self._run(x, False)
+            return super().log_abs_det_jacobian(x, y) if done is None else done[1]
+
+        def call_and_ladj(self, x: Tensor) -> Any:
+            done = self._run(x, False)
+            return super().call_and_ladj(x) if done is None else done
+
+    return _as(Coupling, CouplingTransform)
+
+
+def _spreads(context: Tensor, x: Tensor) -> bool:
+    """Whether a context's batch shape broadcasts to x's, so that the result has x's shape."""
+    given, batch = context.shape[:-1], x.shape[:-1]
+    return given == batch or (
+        len(given) <= len(batch) and all(a in (1, b) for a, b in zip(given[::-1], batch[::-1], strict=False))
+    )
+
+
+def _as(made: Any, peer: Any) -> Any:
+    made.__name__, made.__qualname__ = peer.__name__, peer.__qualname__
+    return made
 
 
 @functools.cache
@@ -131,9 +322,7 @@ def _transform_class() -> Any:
         def inv(self) -> Transform:
             return _Inverse(self)
 
-    Autoregressive.__name__ = AutoregressiveTransform.__name__
-    Autoregressive.__qualname__ = AutoregressiveTransform.__qualname__
-    return Autoregressive
+    return _as(Autoregressive, AutoregressiveTransform)
 
 
 class _Inverse(_InverseTransform):
@@ -148,15 +337,40 @@ class _Inverse(_InverseTransform):
 _Inverse.__name__ = _InverseTransform.__name__
 
 
+def _masked(transform: Any) -> MaskedNetwork | SplineNetwork:
+    import zuko
+
+    univariate = transform.univariate
+    if isinstance(univariate, functools.partial):
+        univariate = univariate.func
+    if univariate is zuko.transforms.MonotonicRQSTransform:
+        return SplineNetwork(transform)
+    return MaskedNetwork(transform)
+
+
 def adapters() -> list[Adapter]:
     from zuko.flows.autoregressive import MaskedAutoregressiveTransform
+    from zuko.flows.coupling import GeneralCouplingTransform
 
     return [
         Adapter(
             MaskedAutoregressiveTransform,
             ("forward", "meta"),
             LazyMasked,
-            MaskedNetwork,
+            _masked,
             "transform by maf_forward, its inverse by maf_inverse",
-        )
+            variants={
+                SplineNetwork: (
+                    LazySpline,
+                    "spline by rq_spline; its network stays with zuko, and so do the passes of the inverse",
+                )
+            },
+        ),
+        Adapter(
+            GeneralCouplingTransform,
+            ("forward", "meta"),
+            LazyCoupling,
+            SplineNetwork,
+            "split, transform and merge by affine_coupling or rq_spline; its network stays with zuko",
+        ),
     ]
