@@ -952,7 +952,7 @@ __global__ void __launch_bounds__(kPackThreads) maf_context_gradient_kernel(cons
 
 inline constexpr int64_t kKeptLanes = 16;  // flowkernels/ops/maf/autograd.py: _LANES
 
-inline int64_t kept_stride(int64_t samples) { return ((samples + kKeptLanes - 1) / kKeptLanes + 1) * kKeptLanes; }
+inline int64_t kept_stride(int64_t samples) { return (samples + kKeptLanes - 1) / kKeptLanes * kKeptLanes; }
 
 inline const int64_t* table_of(const Tensor& table) { return static_cast<const int64_t*>(table.const_data_ptr()); }
 
