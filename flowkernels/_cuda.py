@@ -20,9 +20,23 @@ from flowkernels import _library
 TRITON = {
     "affine_coupling": ("flowkernels.ops.affine_coupling.triton", "affine_coupling"),
     "affine_coupling_backward": ("flowkernels.ops.affine_coupling.triton", "affine_coupling_backward"),
+    "masked_linear": ("flowkernels.ops.masked_linear.triton", "masked_linear"),
+    "masked_linear_backward": ("flowkernels.ops.masked_linear.triton", "masked_linear_backward"),
     "gumbel_softmax": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax"),
     "gumbel_softmax_backward": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax_backward"),
     "gumbel_argmax": ("flowkernels.ops.gumbel_argmax.triton", "gumbel_argmax"),
+}
+
+# Operators that need Python around their CUDA C++ kernels: one call becomes several.
+COMPOSED = {
+    "maf": ("flowkernels.ops.maf.cuda", "maf"),
+    "maf_backward": ("flowkernels.ops.maf.cuda", "maf_backward"),
+}
+
+# Operators whose kernels, C++ or Triton, are called by a function that gets the kernel first.
+WRAPPED = {
+    "affine_coupling": ("flowkernels.ops.affine_coupling.cuda", "affine_coupling"),
+    "affine_coupling_backward": ("flowkernels.ops.affine_coupling.cuda", "affine_coupling_backward"),
 }
 
 # What `auto` tries first, per operator, with where the order comes from. A line is changed only by a measurement: its file in
@@ -41,7 +55,7 @@ def has_triton() -> bool:
 def has_kernel(name: str, operator: str) -> bool:
     """Whether backend `name` has a kernel for `operator`, leaving aside whether this machine can run it."""
     if name == "cuda":
-        return _library.is_built() and hasattr(torch.ops.flowkernels_cuda, operator)
+        return _library.is_built() and hasattr(torch.ops.flowkernels_cuda, "maf_pack" if operator in COMPOSED else operator)
     return operator in TRITON and importlib.util.find_spec(TRITON[operator][0]) is not None
 
 
@@ -121,11 +135,16 @@ def choose(operator: str, forced: str) -> tuple[str, str]:
 
 @functools.cache
 def _kernel(name: str, operator: str) -> Callable[..., Any]:
-    if name == "cuda":
-        found: Callable[..., Any] = getattr(torch.ops.flowkernels_cuda, operator).default
+    found: Callable[..., Any]
+    if name == "cuda" and operator not in COMPOSED:
+        found = getattr(torch.ops.flowkernels_cuda, operator).default
     else:
-        module, function = TRITON[operator]
-        found = getattr(importlib.import_module(module), function)
+        found = _function((COMPOSED if name == "cuda" else TRITON)[operator])
+    return functools.partial(_function(WRAPPED[operator]), found) if operator in WRAPPED else found
+
+
+def _function(where: tuple[str, str]) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(importlib.import_module(where[0]), where[1])
     return found
 
 
@@ -142,7 +161,7 @@ def explain() -> list[str]:
     if not torch.cuda.is_available():
         return ["GPU: torch sees no CUDA device"]
     lines = [f"GPU: {torch.cuda.get_device_name()}"]
-    for operator in ("affine_coupling", "masked_linear", "maf_forward", "maf_inverse", "gumbel_softmax", "gumbel_argmax"):
+    for operator in ("affine_coupling", "masked_linear", "maf", "gumbel_softmax", "gumbel_argmax"):
         name, why = choose(operator, "auto")
         lines.append(f"  {operator}: {name} ({why})")
     room = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.maf import reference as maf
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
@@ -17,7 +20,7 @@ from flowkernels.scales import FORMS, NAMES, ScaleLaw
 def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The error of `got` is at most twice that of the plain version in its dtype, plus that dtype's rounding.
 
-    Against the largest value of the tensor: what a kernel may lose by another order of summation is relative to that.
+    Against the largest value of the tensor, or 1: what a kernel may lose by another order of summation is relative to that.
     """
     assert got.shape == exact.shape, (name, got.shape, exact.shape)
     if exact.numel() == 0:
@@ -27,7 +30,7 @@ def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Non
     exact = torch.where(finite, exact, 0.0)
     error = torch.where(finite, (got.double() - exact).abs(), 0.0).max().item()
     plain_error = torch.where(finite, (plain.double() - exact).abs(), 0.0).max().item()
-    rounding = torch.finfo(got.dtype).eps * exact.abs().max().item()
+    rounding = torch.finfo(got.dtype).eps * max(1.0, exact.abs().max().item())
     assert error <= 2 * plain_error + 4 * rounding, f"{name}: error {error:.3g}, plain {plain_error:.3g}"
 
 
@@ -42,8 +45,7 @@ def affine_options() -> Iterator[tuple[ScaleLaw, str, bool]]:
 
 
 def check_affine(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
+    kernels: Any,
     rows: int,
     features: int,
     dtype: torch.dtype,
@@ -54,11 +56,22 @@ def check_affine(
     layout: str = "contiguous",
     device: str = "cpu",
 ) -> None:
+    """`layout` is that of the tensors, or "masked" or "compact": every second feature stays as it is."""
     generator = torch.Generator().manual_seed(rows * 1000 + features)
     make = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
     x, grad_y = make(rows, features).to(dtype), make(rows, features).to(dtype)
     theta = make(rows, 2 * features + 1).to(dtype)
-    if layout == "interleaved":
+    positions = None
+    if layout == "masked":
+        column = torch.arange(features, device=device)
+        positions = torch.where(column % 2 == 0, column, -1)
+    elif layout == "compact":
+        column = torch.arange(features, device=device)
+        positions = torch.where(column % 2 == 0, column // 2, -1)
+    if layout == "compact":
+        count = (features + 1) // 2
+        shift, scale = theta[:, :count].contiguous(), theta[:, count : 2 * count].contiguous()
+    elif layout == "interleaved":
         shift, scale = theta[:, : 2 * features : 2], theta[:, 1 : 2 * features : 2]
     elif layout == "blocked":
         shift, scale = theta[:, 1 : features + 1], theta[:, features + 1 :]
@@ -69,15 +82,17 @@ def check_affine(
         shift, scale = theta[:, :features].contiguous(), theta[:, features : 2 * features].contiguous()
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     logdet, grad_logdet = make(rows).to(compute), make(rows).to(compute)
-    options = (law.code, law.numbers, FORMS.index(form), inverse)
+    options = (positions, law.code, law.numbers, FORMS.index(form), inverse)
 
     def double(*tensors: Tensor) -> list[Tensor]:
         return [t.double() for t in tensors]
 
     inputs, grads = (x, shift, scale, logdet), (grad_y, grad_logdet, x, shift, scale)
+    forward = functools.partial(affine_cuda.affine_coupling, kernels.affine_coupling)
+    backward = functools.partial(affine_cuda.affine_coupling_backward, kernels.affine_coupling_backward)
     for name, ours, plain, exact in (
         *_zip("forward", forward, affine.affine_coupling, inputs, double(*inputs), options),
-        *_zip("backward", backward, affine.affine_coupling_backward, grads, double(*grads), options),
+        *_zip("backward", backward, affine.affine_coupling_backward, grads, double(*grads), (*options, 7)),
     ):
         assert_as_close(f"{name} {law} {form} inverse={inverse} {layout} {dtype}", ours, plain, exact)
     assert forward(x, shift, scale, None, *options)[1].dtype == compute
@@ -138,38 +153,56 @@ PLANS: dict[str, Callable[[], Plan]] = {
 
 
 def check_maf(
-    kernels: Any, plan: Plan, samples: int, dtype: torch.dtype, inverse: bool, *, law: str = "softplus", form: str = "scale_shift",
-    device: str = "cpu",
+    kernels: Any, plans: Sequence[Plan], samples: int, dtype: torch.dtype, inverse: bool, *, law: str = "softplus",
+    form: str = "scale_shift", device: str = "cpu",
 ) -> None:  # fmt: skip
+    """A chain of transforms, forwards and backwards."""
     generator = torch.Generator().manual_seed(samples)
     make = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
-    parameters = []
-    for mask in plan.masks:
-        parameters += [make(*mask.shape) / max(1, mask.shape[1]) ** 0.5, 0.3 * make(mask.shape[0])]
-    x, grad_y, grad_logdet = make(samples, plan.features), make(samples, plan.features), make(samples)
-    context = make(samples, plan.context_width) if plan.context_width else None
-    tables, masks = plan.tables(x.device), plan.masks_on(x.device)
-    packed, back = (kernels.maf_pack(parameters, masks, tables[i], plan.packed_sizes[i]) for i in (0, 1))
+    features = plans[0].features
+    x, grad_y, grad_logdet = make(samples, features), make(samples, features), make(samples)
     law_ = ScaleLaw(law)
-    options = (law_.code, law_.numbers, FORMS.index(form))
-    name = "maf_inverse" if inverse else "maf_forward"
-    run, run_back = getattr(kernels, name), getattr(kernels, f"{name}_backward")
-    y, logdet, _ = run(x, context, packed, tables[0], *options, 0)
-    again, logdet_again, saved = run(x, context, packed, tables[0], *options, plan.saved_rows)
+    steps, packed, back, contexts = [], [], [], []
+    for plan in plans:
+        parameters = []
+        for mask in plan.masks:
+            parameters += [make(*mask.shape) / max(1, mask.shape[1]) ** 0.5, 0.3 * make(mask.shape[0])]
+        contexts.append(make(samples, plan.context_width))
+        tables, masks = plan.tables(x.device), plan.masks_on(x.device)
+        packed.append(kernels.maf_pack(parameters, masks, tables[0], plan.packed_sizes[0]))
+        back.append(kernels.maf_pack(parameters, masks, tables[1], plan.packed_sizes[1]))
+        steps.append((plan, parameters))
+    forward_tables, backward_tables = ([p.tables(x.device)[i] for p in plans] for i in (0, 1))
+    masks = [m for p in plans for m in p.masks_on(x.device)]
+    codes = lambda keep: [  # noqa: E731
+        c for p in plans for c in (law_.code, FORMS.index(form), inverse, p.saved_rows[inverse] if keep else 0)
+    ]
+    numbers = law_.numbers * len(plans)
+    y, logdet, _ = maf_cuda.maf(x, contexts, packed, forward_tables, codes(False), numbers, kernels=kernels)
+    again, logdet_again, saved = maf_cuda.maf(x, contexts, packed, forward_tables, codes(True), numbers, kernels=kernels)
     assert torch.equal(y, again), "keeping activations changes the result"
     assert torch.equal(logdet, logdet_again)
-    grads = run_back(grad_y, grad_logdet, x, saved, back, masks, *tables, *options, plan.context_width, True)
-    flat = grads[2].split([n for m in masks for n in (m.numel(), m.shape[0])])
-    got = [y, logdet, grads[0], *flat, *([grads[1]] if context is not None else [])]
+    grad_x, grad_contexts, flat = maf_cuda.maf_backward(
+        grad_y, grad_logdet, saved, back, masks, forward_tables, backward_tables, codes(True), numbers,
+        [p.context_width for p in plans], True, kernels=kernels,
+    )  # fmt: skip
+    got = [y, logdet, grad_x, *grad_contexts.split([c.numel() for c in contexts])]
+    got += flat.split([n for m in masks for n in (m.numel(), m.shape[0])])
 
     def reference(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters, *([] if context is None else [context]))]
-        weights, terms = leaves[1 : 1 + len(parameters)], None if context is None else leaves[-1]
-        out = (maf.maf_inverse if inverse else maf.maf_forward)(leaves[0], terms, plan, weights, law_, form)
-        grads = torch.autograd.grad(out, leaves, [grad_y.to(dtype), grad_logdet.to(dtype)], allow_unused=True)
-        return [t.detach() for t in out] + [
+        cast = lambda ts: [t.detach().to(dtype).requires_grad_() for t in ts]  # noqa: E731
+        weights = [cast(parameters) for _, parameters in steps]
+        (start,), terms = cast([x]), cast(contexts)
+        out, total = start, 0.0
+        for plan, own, context in zip(plans, weights, terms, strict=True):
+            run = maf.maf_inverse if inverse else maf.maf_forward
+            out, one = run(out, context if plan.context_width else None, plan, own, law_, form)
+            total = total + one
+        leaves = [start, *terms, *(w for own in weights for w in own)]
+        grads = torch.autograd.grad([out, total], leaves, [grad_y.to(dtype), grad_logdet.to(dtype)], allow_unused=True)
+        return [out.detach(), total.detach()] + [
             torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
         ]
 
     for i, (ours, plain, exact) in enumerate(zip(got, reference(dtype), reference(torch.float64), strict=True)):
-        assert_as_close(f"{name} output {i} {dtype}", ours.reshape(exact.shape), plain, exact)
+        assert_as_close(f"maf inverse={inverse} output {i} {dtype}", ours.reshape(exact.shape), plain, exact)

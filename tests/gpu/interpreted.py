@@ -18,13 +18,12 @@ def affine_coupling() -> None:
     from flowkernels.ops.affine_coupling import triton as kernels
 
     interpreted(kernels.forward_kernel)
-    both = kernels.affine_coupling, kernels.affine_coupling_backward
     for law, form, inverse in affine_options():
         for dtype in (torch.float64, torch.float32):
-            check_affine(*both, 3, 5, dtype, law, form, inverse)
-    for layout in ("contiguous", "interleaved", "blocked", "transposed"):
+            check_affine(kernels, 3, 5, dtype, law, form, inverse)
+    for layout in ("contiguous", "interleaved", "blocked", "transposed", "masked", "compact"):
         for rows, features in ((0, 5), (1, 1), (9, 7), (2, 1030), (70, 16)):
-            check_affine(*both, rows, features, torch.float32, ScaleLaw("softplus"), "scale_shift", False, layout=layout)
+            check_affine(kernels, rows, features, torch.float32, ScaleLaw("softplus"), "scale_shift", False, layout=layout)
 
 
 def masked_linear() -> None:

@@ -44,12 +44,13 @@ def affine_variants() -> Iterator[Variant]:
             for inverse in (False, True):
                 common = {
                     "LAW": NAMES.index(law), **numbers, "FORM": 2 if law == "sigmoid" else 0, "INVERSE": inverse,
+                    "MASKED": law == "tanh",
                     "COMPUTE": element, "ROWS": 1, "BLOCK": 1024,
                 }  # fmt: skip
                 for kernel, more in ((module.forward_kernel, {"RUNNING": True}), (module.backward_kernel, {})):
                     sums = "fp64" if compute == "fp64" else "fp32"
                     pointers = {
-                        n: f"*{sums if 'logdet' in n else dtype}" for n in kernel.arg_names if n.endswith("_ptr")
+                        n: "*i64" if "positions" in n else f"*{sums if 'logdet' in n else dtype}" for n in kernel.arg_names if n.endswith("_ptr")
                     }
                     constants = {**common, **more}
                     yield Variant(

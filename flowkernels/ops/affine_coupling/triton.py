@@ -14,11 +14,11 @@ MAX_BLOCK = 1024
 
 @triton.jit
 def forward_kernel(
-    x_ptr, shift_ptr, scale_ptr, logdet_in_ptr, y_ptr, logdet_ptr,
+    x_ptr, shift_ptr, scale_ptr, logdet_in_ptr, positions_ptr, y_ptr, logdet_ptr,
     rows, features,
     x_row, x_column, shift_row, shift_column, scale_row, scale_column,
     LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    FORM: tl.constexpr, INVERSE: tl.constexpr, RUNNING: tl.constexpr,
+    FORM: tl.constexpr, INVERSE: tl.constexpr, MASKED: tl.constexpr, RUNNING: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -27,8 +27,12 @@ def forward_kernel(
         c = begin + tl.arange(0, BLOCK)[None, :].to(tl.int64)
         inside = (r < rows) & (c < features)
         x = tl.load(x_ptr + r * x_row + c * x_column, mask=inside, other=0.0).to(COMPUTE)
-        shift = tl.load(shift_ptr + r * shift_row + c * shift_column, mask=inside, other=0.0).to(COMPUTE)
-        u = tl.load(scale_ptr + r * scale_row + c * scale_column, mask=inside, other=0.0).to(COMPUTE)
+        at, live = c, inside
+        if MASKED:
+            at = tl.load(positions_ptr + c, mask=c < features, other=-1)
+            live = inside & (at >= 0)
+        shift = tl.load(shift_ptr + r * shift_row + at * shift_column, mask=live, other=0.0).to(COMPUTE)
+        u = tl.load(scale_ptr + r * scale_row + at * scale_column, mask=live, other=0.0).to(COMPUTE)
         sigma, log_sigma = scale_of(u, LAW, A, B, C)
         if FORM == SCALE_SHIFT:
             if INVERSE:
@@ -46,8 +50,10 @@ def forward_kernel(
                 y = (x - complement * shift) / sigma
             else:
                 y = sigma * x + complement * shift
+        if MASKED:
+            y = tl.where(live, y, x)
         tl.store(y_ptr + r * features + c, y.to(y_ptr.dtype.element_ty), mask=inside)
-        total += tl.where(inside, log_sigma, 0.0)
+        total += tl.where(live, log_sigma, 0.0)
     logdet = tl.sum(total, 1)
     if INVERSE:
         logdet = -logdet
@@ -59,11 +65,11 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_y_ptr, grad_logdet_ptr, x_ptr, shift_ptr, scale_ptr, grad_x_ptr, grad_shift_ptr, grad_scale_ptr,
-    rows, features,
+    grad_y_ptr, grad_logdet_ptr, x_ptr, shift_ptr, scale_ptr, positions_ptr, grad_x_ptr, grad_shift_ptr, grad_scale_ptr,
+    rows, features, width,
     grad_row, grad_column, x_row, x_column, shift_row, shift_column, scale_row, scale_column,
     LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    FORM: tl.constexpr, INVERSE: tl.constexpr,
+    FORM: tl.constexpr, INVERSE: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -73,8 +79,12 @@ def backward_kernel(
         inside = (r < rows) & (c < features)
         grad_y = tl.load(grad_y_ptr + r * grad_row + c * grad_column, mask=inside, other=0.0).to(COMPUTE)
         x = tl.load(x_ptr + r * x_row + c * x_column, mask=inside, other=0.0).to(COMPUTE)
-        shift = tl.load(shift_ptr + r * shift_row + c * shift_column, mask=inside, other=0.0).to(COMPUTE)
-        u = tl.load(scale_ptr + r * scale_row + c * scale_column, mask=inside, other=0.0).to(COMPUTE)
+        at, live = c, inside
+        if MASKED:
+            at = tl.load(positions_ptr + c, mask=c < features, other=-1)
+            live = inside & (at >= 0)
+        shift = tl.load(shift_ptr + r * shift_row + at * shift_column, mask=live, other=0.0).to(COMPUTE)
+        u = tl.load(scale_ptr + r * scale_row + at * scale_column, mask=live, other=0.0).to(COMPUTE)
         sigma, _ = scale_of(u, LAW, A, B, C)
         slope = slope_of(u, LAW, A, B, C)
         complement = sigma
@@ -99,10 +109,12 @@ def backward_kernel(
             else:
                 w, grad_shift = x - shift, grad_y * complement
             grad_u = (grad_x * w + grad_logdet) * slope
-        to = r * features + c
-        tl.store(grad_x_ptr + to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-        tl.store(grad_shift_ptr + to, grad_shift.to(grad_shift_ptr.dtype.element_ty), mask=inside)
-        tl.store(grad_scale_ptr + to, grad_u.to(grad_scale_ptr.dtype.element_ty), mask=inside)
+        if MASKED:
+            grad_x = tl.where(live, grad_x, grad_y)
+        tl.store(grad_x_ptr + r * features + c, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        to = r * width + at
+        tl.store(grad_shift_ptr + to, grad_shift.to(grad_shift_ptr.dtype.element_ty), mask=live)
+        tl.store(grad_scale_ptr + to, grad_u.to(grad_scale_ptr.dtype.element_ty), mask=live)
 
 
 def _blocks(features: int) -> tuple[int, int]:
@@ -116,6 +128,7 @@ def affine_coupling(
     shift: Tensor,
     scale: Tensor,
     logdet: Tensor | None,
+    positions: Tensor | None,
     law: int,
     law_parameters: list[float],
     form: int,
@@ -128,9 +141,9 @@ def affine_coupling(
         per, block = _blocks(features)
         running = None if logdet is None else logdet.contiguous()
         forward_kernel[(triton.cdiv(rows, per),)](
-            x, shift, scale, total if running is None else running, y, total,
+            x, shift, scale, total if running is None else running, total if positions is None else positions, y, total,
             rows, features, *x.stride(), *shift.stride(), *scale.stride(),
-            law, *law_parameters, form, inverse, running is not None,
+            law, *law_parameters, form, inverse, positions is not None, running is not None,
             _tl(compute), per, block,
         )  # fmt: skip
     return y, total
@@ -142,19 +155,23 @@ def affine_coupling_backward(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
+    positions: Tensor | None,
     law: int,
     law_parameters: list[float],
     form: int,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, features = x.shape
-    grad_x, grad_shift, grad_scale = (x.new_empty(rows, features) for _ in range(3))
+    grad_x = x.new_empty(rows, features)
+    # With positions there may be columns that no feature reads.
+    new = x.new_empty if positions is None else x.new_zeros
+    grad_shift, grad_scale = new(rows, shift.shape[1]), new(rows, shift.shape[1])
     if rows:
         per, block = _blocks(features)
         backward_kernel[(triton.cdiv(rows, per),)](
-            grad_y, grad_logdet.contiguous(), x, shift, scale, grad_x, grad_shift, grad_scale,
-            rows, features, *grad_y.stride(), *x.stride(), *shift.stride(), *scale.stride(),
-            law, *law_parameters, form, inverse,
+            grad_y, grad_logdet.contiguous(), x, shift, scale, x if positions is None else positions,
+            grad_x, grad_shift, grad_scale, rows, features, shift.shape[1], *grad_y.stride(), *x.stride(), *shift.stride(), *scale.stride(),
+            law, *law_parameters, form, inverse, positions is not None,
             _tl(COMPUTE_DTYPE[x.dtype]), per, block,
         )  # fmt: skip
     return grad_x, grad_shift, grad_scale
