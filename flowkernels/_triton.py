@@ -44,7 +44,7 @@ def exp(x):
 
 @triton.jit
 def log1p(y):
-    """log(1 + y) for y >= 0: what is lost in 1 + y comes back as a factor."""
+    """log(1 + y) for y > -1: what is lost in 1 + y comes back as a factor."""
     w = 1.0 + y
     rest = w - 1.0
     safe = tl.where(rest == 0.0, 1.0, rest)
@@ -214,3 +214,45 @@ def activate(v, ACTIVATION: tl.constexpr):
         return softplus(v)
     else:
         return v
+
+
+# ---- random streams: csrc/common/philox.h ------------------------------------------------------------------------------
+
+
+@triton.jit
+def philox(seed, stream, block):
+    """The four words of each block (int64), as uint32."""
+    low: tl.constexpr = 0xFFFFFFFF
+    b = block.to(tl.uint64)
+    zero = b * 0
+    c0, c1 = b & low, (b >> 32) & low
+    s = zero + stream.to(tl.uint64)
+    c2, c3 = s & low, (s >> 32) & low
+    k = zero + seed.to(tl.uint64)
+    k0, k1 = (k & low).to(tl.uint32), ((k >> 32) & low).to(tl.uint32)
+    c0, c1, c2, c3 = c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def gumbel_window(seed, stream, first, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Noise of the elements first .. first + BLOCK - 1 of each row; `first` (ROWS, 1) is a multiple of four.
+
+    One block of the stream gives four neighbours, so none is calculated twice.
+    """
+    block = first // 4 + tl.arange(0, BLOCK // 4)[None, :]
+    w0, w1, w2, w3 = philox(seed, stream, block)
+    word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, BLOCK))
+    v = (word.to(COMPUTE) + 0.5) * 2.3283064365386963e-10
+    if COMPUTE == tl.float32:
+        v = tl.minimum(v, 0.99999994)
+    return -tl.log(-log1p(-v))

@@ -994,6 +994,9 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
   const int64_t state = 2 * table_size * S;
   const int64_t statically = static_cast<int64_t>(sizeof(DeviceNet<T>) + kMetas * sizeof(BlockMeta) + 1024);
   const int64_t limit = (device.shared_memory() - statically) / 128 * 128;
+  STD_TORCH_CHECK(limit >= kTileThreads<T> * static_cast<int64_t>(sizeof(T)), "maf needs ",
+                  statically + kTileThreads<T> * static_cast<int64_t>(sizeof(T)),
+                  " bytes of shared memory for a thread block, this device has ", device.shared_memory());
   const int64_t wanted = ((work + state) * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
   const int64_t shared = wanted < limit ? wanted : limit;
   const int64_t most = 4 * static_cast<int64_t>(device.multiprocessors());

@@ -47,7 +47,7 @@ def test_maf_laws(host_kernels: Any, law: str, form: str) -> None:
 def test_a_chain(host_kernels: Any) -> None:
     plans = [PLANS["residual_context"](), Plan(made_masks(7, [11])), PLANS["residual_context"]()]
     for inverse in (True, False):
-        check_maf(host_kernels, plans, 5, torch.float64, inverse)
+        check_maf(host_kernels, plans, 5, torch.float32, inverse)
 
 
 def test_no_samples(host_kernels: Any) -> None:
@@ -55,7 +55,7 @@ def test_no_samples(host_kernels: Any) -> None:
         check_maf(host_kernels, [PLANS["small"]()], 0, torch.float64, inverse)
 
 
-@pytest.mark.parametrize("setting", ["FK_SHIM_REVERSE=1", "FK_SHIM_SHARED_MEMORY=60000", "FK_SHIM_SHARED_MEMORY=9000"])
+@pytest.mark.parametrize("setting", ["FK_SHIM_REVERSE=1", "FK_SHIM_SHARED_MEMORY=60000", "FK_SHIM_SHARED_MEMORY=20000"])
 def test_maf_under_other_circumstances(host_kernels: Any, setting: str) -> None:
     """Threads run in the other order, and less shared memory: the results stay right. A missing barrier would show."""
     script = """
