@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ class Variant:
     kernel: Any
     signature: dict[str, str]  # pointers and scalars; what is missing is a constant
     constants: dict[str, Any]
-    warps: int = 4
+    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
     registers: int = 128
 
 
@@ -55,7 +55,7 @@ def affine_variants() -> Iterator[Variant]:
                     constants = {**common, **more}
                     yield Variant(
                         f"affine {kernel.__name__} {law} {dtype} inverse={inverse}", kernel,
-                        _arguments(kernel, pointers, constants), constants,
+                        _arguments(kernel, pointers, constants), constants, registers=255 if dtype == "fp64" else 128,
                     )  # fmt: skip
 
 
@@ -66,8 +66,8 @@ def variants() -> list[Variant]:
             module = __import__(f"flowkernels.ops.{name}.triton", fromlist=["variants"])
         except ImportError:
             continue
-        for label, kernel, pointers, constants, warps in module.variants():
-            found.append(Variant(label, kernel, _arguments(kernel, pointers, constants), constants, warps, 255))
+        for label, kernel, pointers, constants, options in module.variants():
+            found.append(Variant(label, kernel, _arguments(kernel, pointers, constants), constants, options, 255))
     return found
 
 
@@ -85,7 +85,7 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=variant.constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels._triton import exp, gumbel_window
-from flowkernels.ops.gumbel_softmax.triton import blocks
+from flowkernels.ops.gumbel_softmax.triton import MAX_BLOCK, blocks, options
 
 
 @triton.jit
@@ -54,18 +54,20 @@ def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tu
     index = logits.new_empty(rows, samples, dtype=torch.int64)
     log_prob, logsumexp = logits.new_empty(rows, samples), logits.new_empty(rows)
     if rows:
-        per, block = blocks(classes)
+        per, block, launch = blocks(classes)
         compute = tl.float64 if logits.dtype == torch.float64 else tl.float32
         forward_kernel[(triton.cdiv(rows, per), samples)](
-            logits, seed, index, log_prob, logsumexp, rows, classes, *logits.stride(), stream, samples, compute, per, block
+            logits, seed, index, log_prob, logsumexp, rows, classes, *logits.stride(), stream, samples, compute, per, block,
+            **launch,
         )
     return index, log_prob, logsumexp
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What tests/gpu compiles without a GPU."""
     for dtype, compute in (("fp32", tl.float32), ("fp64", tl.float64)):
         pointers = {n: f"*{dtype}" for n in ("logits_ptr", "log_prob_ptr", "logsumexp_ptr")}
         pointers |= {"seed_ptr": "*i64", "index_ptr": "*i64"}
-        constants = {"COMPUTE": compute, "ROWS": 1, "BLOCK": 1024 if dtype == "fp32" else 512}
-        yield f"gumbel_argmax {dtype}", forward_kernel, pointers, constants, 4
+        for block in (1024, MAX_BLOCK):
+            constants = {"COMPUTE": compute, "ROWS": 1, "BLOCK": block}
+            yield f"gumbel_argmax {dtype} {block}", forward_kernel, pointers, constants, options(block)

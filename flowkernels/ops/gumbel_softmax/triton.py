@@ -105,26 +105,31 @@ def backward_kernel(
         out = y / tau * (grad - mean)
         tl.store(out_ptr + r * classes + c, out.to(out_ptr.dtype.element_ty), mask=inside)
         if FOR_TAU:
-            for_tau += tl.where(inside, out * tl.log(tl.maximum(y, TINY)), 0.0)
+            for_tau += tl.where(inside, out * tl.log(tl.maximum(y, TINY)), 0.0).to(COMPUTE)
     if FOR_TAU:
         tl.store(grad_tau_ptr + r, -tl.sum(for_tau, 1)[:, None], mask=live)
 
 
-def blocks(classes: int) -> tuple[int, int]:
-    """(rows, columns) of a program's block; the window of a row is up to three elements longer than the row."""
+def blocks(classes: int) -> tuple[int, int, dict[str, int]]:
+    """(rows, columns) of a program's block, and its warps; the window of a row is up to three elements longer than the row."""
     block = min(MAX_BLOCK, max(4, next_power_of_2(classes + 3)))
-    return max(1, 1024 // block), block
+    return max(1, 1024 // block), block, options(block)
+
+
+def options(block: int) -> dict[str, int]:
+    """Eight elements to a thread. One stage: the pipeline of the loops would only cost registers."""
+    return {"num_warps": max(4, block // 256), "num_stages": 1}
 
 
 def gumbel_softmax(logits: Tensor, tau: Tensor, seed: Tensor, stream: int, hard: bool) -> Tensor:
     rows, classes = logits.shape
     y = logits.new_empty(rows, classes)
     if rows * classes:
-        per, block = blocks(classes)
+        per, block, launch = blocks(classes)
         compute = tl.float64 if logits.dtype == torch.float64 else tl.float32
         forward_kernel[(triton.cdiv(rows, per),)](
             logits, tau, seed, y, rows, classes, *logits.stride(), tau.stride(0), stream,
-            hard, classes + 3 <= block, compute, per, block,
+            hard, classes + 3 <= block, compute, per, block, **launch,
         )  # fmt: skip
     return y
 
@@ -133,25 +138,27 @@ def gumbel_softmax_backward(grad: Tensor, y: Tensor, tau: Tensor, for_tau: bool)
     rows, classes = y.shape
     out, grad_tau = y.new_empty(rows, classes), y.new_empty(rows if for_tau else 0)
     if rows:
-        per, block = blocks(classes)
+        per, block, launch = blocks(classes)
         compute = tl.float64 if y.dtype == torch.float64 else tl.float32
         backward_kernel[(triton.cdiv(rows, per),)](
             grad, y, tau, out, grad_tau, rows, classes, *grad.stride(), *y.stride(), tau.stride(0),
             torch.finfo(y.dtype).tiny,
-            for_tau, compute, per, block,
+            for_tau, compute, per, block, **launch,
         )  # fmt: skip
     return out, grad_tau
 
 
-def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What tests/gpu compiles without a GPU."""
     for dtype, compute in (("fp32", tl.float32), ("fp64", tl.float64)):
         pointers = {n: f"*{dtype}" for n in ("logits_ptr", "tau_ptr", "y_ptr", "grad_ptr", "out_ptr", "grad_tau_ptr")}
         pointers["seed_ptr"] = "*i64"
-        for single in (True, False):
-            for hard in (True, False):
-                size = {"ROWS": 1, "BLOCK": 1024 if dtype == "fp32" else 512}
-                constants = {"HARD": hard, "SINGLE": single, "COMPUTE": compute, **size}
-                yield f"gumbel_softmax {dtype} single={single} hard={hard}", forward_kernel, pointers, constants, 4
-        constants = {"TINY": 1e-38, "FOR_TAU": True, "COMPUTE": compute, "ROWS": 1, "BLOCK": 1024}
-        yield f"gumbel_softmax backward {dtype}", backward_kernel, pointers, constants, 4
+        for block in (1024, MAX_BLOCK):
+            size = {"COMPUTE": compute, "ROWS": 1, "BLOCK": block}
+            for single in (True, False):
+                for hard in (True, False):
+                    constants = {"HARD": hard, "SINGLE": single, **size}
+                    label = f"gumbel_softmax {dtype} {block} single={single} hard={hard}"
+                    yield label, forward_kernel, pointers, constants, options(block)
+            constants = {"TINY": 1e-38, "FOR_TAU": True, **size}
+            yield f"gumbel_softmax backward {dtype} {block}", backward_kernel, pointers, constants, options(block)
