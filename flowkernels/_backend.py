@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from flowkernels import _library
+from flowkernels import _cuda, _library
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -27,11 +27,19 @@ def backend() -> str:
     return _state.name
 
 
-def runs_reference(x: Tensor) -> bool:
-    """Whether an operator called on `x` runs as its reference: because that was asked for, or nothing else is built."""
-    if _state.name != "auto":
-        return _state.name == "reference"
-    return x.device.type != "cpu" or not _library.is_built()
+def runs_reference(x: Tensor, operator: str | None = None) -> bool:
+    """Whether `operator` called on `x` runs as its reference: because that was asked for, or nothing else is built.
+
+    Raises:
+        RuntimeError: the backend that `use_backend` asks for does not run this operator on x's device.
+    """
+    if _state.name == "reference":
+        return True
+    if x.device.type == "cuda":
+        return operator is None or _cuda.choose(operator, _state.name)[0] == "reference"
+    if _state.name in ("cuda", "triton"):
+        raise RuntimeError(f"backend {_state.name!r} needs CUDA tensors, got one on {x.device}")
+    return x.device.type != "cpu" or (_state.name == "auto" and not _library.is_built())
 
 
 def why_unavailable(name: str) -> str | None:
@@ -40,9 +48,7 @@ def why_unavailable(name: str) -> str | None:
         return None
     if name == "cpu":
         return _library.load_error
-    if name == "triton":
-        return "flowkernels has no Triton kernels yet"
-    return "flowkernels has no CUDA kernels yet"
+    return _cuda.why_not_triton() if name == "triton" else _cuda.why_not_cuda()
 
 
 def available_backends() -> tuple[str, ...]:

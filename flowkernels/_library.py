@@ -2,7 +2,7 @@
 
 Each operator is declared once. Its plain-PyTorch reference is registered as the composite implementation: the fallback on
 every device, the fake kernel for tracing, and the truth that the kernels are tested against. The compiled library then
-adds kernels for its dispatch keys on top.
+adds its CPU kernels on top; on CUDA tensors `_cuda.run` chooses between CUDA C++ and Triton.
 """
 
 from __future__ import annotations
@@ -37,11 +37,18 @@ def operator(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0].strip()
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, lambda *args: _run_on_cuda(name, reference, *args), "CUDA")
     if fake is not None:
         torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"flowkernels::{name}", vmap, lib=LIBRARY)
     overload: torch._ops.OpOverload[..., Any] = getattr(torch.ops.flowkernels, name).default
     return overload
+
+
+def _run_on_cuda(name: str, reference: Callable[..., Any], *args: Any) -> Any:
+    from flowkernels import _cuda
+
+    return _cuda.run(name, reference, *args)
 
 
 def load_compiled() -> None:

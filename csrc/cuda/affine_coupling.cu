@@ -18,6 +18,8 @@ struct AffineCall {
   const T* grad_logdet;
   T* logdet;
   int64_t rows, features;
+  // Column of each feature in shift and scale, -1: the feature stays as it is. Null: every feature has its own.
+  const int64_t* positions;
   NamedAffine<T> affine;
   bool wide;  // a block per row
   // Which tensors can be read and written sixteen bytes at a time.
@@ -58,7 +60,29 @@ __device__ inline void store(const View<S>& to, int64_t r, int64_t c, const T (&
   }
 }
 
+// Which of kPer features from c on are transformed, and the columns of their parameters.
 template <class S, class T>
+__device__ inline void find_columns(int64_t (&to)[kPer<S>], const AffineCall<S, T>& a, int64_t c) {
+#pragma unroll
+  for (int i = 0; i < kPer<S>; ++i) to[i] = c + i < a.features ? a.positions[c + i] : -1;
+}
+
+template <class S, class T>
+__device__ inline void load_columns(T (&to)[kPer<S>], const View<const S>& from, int64_t r,
+                                    const int64_t (&columns)[kPer<S>]) {
+#pragma unroll
+  for (int i = 0; i < kPer<S>; ++i)
+    to[i] = columns[i] >= 0 ? static_cast<T>(from.data[r * from.row + columns[i] * from.column]) : T(0);
+}
+
+template <class S, class T>
+__device__ inline void store_columns(const View<S>& to, int64_t r, const int64_t (&columns)[kPer<S>], const T (&from)[kPer<S>]) {
+#pragma unroll
+  for (int i = 0; i < kPer<S>; ++i)
+    if (columns[i] >= 0) to.data[r * to.row + columns[i] * to.column] = static_cast<S>(from[i]);
+}
+
+template <class S, class T, bool Masked>
 __global__ void __launch_bounds__(kThreads) affine_coupling_kernel(const AffineCall<S, T> a) {
   __shared__ T partial[kWarps];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -69,10 +93,19 @@ __global__ void __launch_bounds__(kThreads) affine_coupling_kernel(const AffineC
     for (int64_t c = thread * kPer<S>; c < a.features; c += threads * kPer<S>) {
       T x[kPer<S>], shift[kPer<S>], u[kPer<S>];
       load<S, T>(x, a.x, r, c, a.features, a.vector_x);
-      load<S, T>(shift, a.shift, r, c, a.features, a.vector_shift);
-      load<S, T>(u, a.scale, r, c, a.features, a.vector_scale);
+      int64_t columns[kPer<S>];
+      if constexpr (Masked) {
+        find_columns(columns, a, c);
+        load_columns(shift, a.shift, r, columns);
+        load_columns(u, a.scale, r, columns);
+      } else {
+        load<S, T>(shift, a.shift, r, c, a.features, a.vector_shift);
+        load<S, T>(u, a.scale, r, c, a.features, a.vector_scale);
+      }
 #pragma unroll
       for (int i = 0; i < kPer<S>; ++i) {
+        if constexpr (Masked)
+          if (columns[i] < 0) continue;
         const Transformed<T> out = affine_by_name(a.affine, x[i], shift[i], u[i]);
         x[i] = out.y;
         total += c + i < a.features ? out.logdet : T(0);
@@ -90,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) affine_coupling_kernel(const AffineC
   if (thread == 0 && r < a.rows) a.logdet[r] = total + (a.logdet_in ? a.logdet_in[r] : T(0));
 }
 
-template <class S, class T>
+template <class S, class T, bool Masked>
 __global__ void __launch_bounds__(kThreads) affine_coupling_backward_kernel(const AffineCall<S, T> a) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t r = a.wide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kWarps + warp;
@@ -100,19 +133,36 @@ __global__ void __launch_bounds__(kThreads) affine_coupling_backward_kernel(cons
   for (int64_t c = thread * kPer<S>; c < a.features; c += threads * kPer<S>) {
     T x[kPer<S>], shift[kPer<S>], u[kPer<S>], gy[kPer<S>];
     load<S, T>(x, a.x, r, c, a.features, a.vector_x);
-    load<S, T>(shift, a.shift, r, c, a.features, a.vector_shift);
-    load<S, T>(u, a.scale, r, c, a.features, a.vector_scale);
+    int64_t columns[kPer<S>];
+    if constexpr (Masked) {
+      find_columns(columns, a, c);
+      load_columns(shift, a.shift, r, columns);
+      load_columns(u, a.scale, r, columns);
+    } else {
+      load<S, T>(shift, a.shift, r, c, a.features, a.vector_shift);
+      load<S, T>(u, a.scale, r, c, a.features, a.vector_scale);
+    }
     load<S, T>(gy, a.grad_y, r, c, a.features, a.vector_x);
 #pragma unroll
     for (int i = 0; i < kPer<S>; ++i) {
+      if constexpr (Masked)
+        if (columns[i] < 0) {
+          x[i] = gy[i];
+          continue;
+        }
       const AffineGradient<T> g = affine_backward_by_name(a.affine, gy[i], grad_logdet, x[i], shift[i], u[i]);
       x[i] = g.x;
       shift[i] = g.shift;
       u[i] = g.u;
     }
     store<S, T>(a.grad_x, r, c, x, a.features, a.vector_x);
-    store<S, T>(a.grad_shift, r, c, shift, a.features, a.vector_x);
-    store<S, T>(a.grad_scale, r, c, u, a.features, a.vector_x);
+    if constexpr (Masked) {
+      store_columns(a.grad_shift, r, columns, shift);
+      store_columns(a.grad_scale, r, columns, u);
+    } else {
+      store<S, T>(a.grad_shift, r, c, shift, a.features, a.vector_x);
+      store<S, T>(a.grad_scale, r, c, u, a.features, a.vector_x);
+    }
   }
 }
 
@@ -123,12 +173,14 @@ bool vectorises(const View<S>& v, int64_t features) {
 }
 
 template <class S, class T>
-AffineCall<S, T> affine_call(const Tensor& x, const Tensor& shift, const Tensor& scale, int64_t law,
+AffineCall<S, T> affine_call(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                             const std::optional<Tensor>& positions, int64_t law,
                              const std::vector<double>& law_parameters, int64_t form, bool inverse) {
   AffineCall<S, T> a{};
   a.x = view<S>(x);
   a.shift = view<S>(shift);
   a.scale = view<S>(scale);
+  a.positions = data_or_null<int64_t>(positions);
   a.rows = x.size(0);
   a.features = x.size(1);
   a.affine = {law_parameters_of<T>(law_parameters), static_cast<Law>(law), static_cast<Form>(form), inverse};
@@ -148,7 +200,8 @@ View<S> dense(Tensor& t, int64_t features) {
 }
 
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                           const std::optional<Tensor>& logdet, int64_t law,
+                                           const std::optional<Tensor>& logdet,
+                                           const std::optional<Tensor>& positions, int64_t law,
                                            const std::vector<double>& law_parameters, int64_t form, bool inverse) {
   const OnDevice device(x);
   const int64_t rows = x.size(0), features = x.size(1);
@@ -157,13 +210,14 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift,
   std::optional<Tensor> running;
   if (logdet) running = torch::stable::contiguous(*logdet);
   dispatch_storage(x, [&]<class S, class T>() {
-    auto a = affine_call<S, T>(x, shift, scale, law, law_parameters, form, inverse);
+    auto a = affine_call<S, T>(x, shift, scale, positions, law, law_parameters, form, inverse);
     a.y = dense<S>(y, features);
     a.vector_x = a.vector_x && vectorises(a.y, features);
     a.logdet_in = data_or_null<T>(running);
     a.logdet = static_cast<T*>(total.mutable_data_ptr());
     a.wide = wide_rows(device, rows, features);
-    launch(device, "affine_coupling", affine_coupling_kernel<S, T>, a.wide ? blocks_for(rows, 1) : blocks_for(rows, kWarps),
+    launch(device, "affine_coupling", positions ? affine_coupling_kernel<S, T, true> : affine_coupling_kernel<S, T, false>,
+           a.wide ? blocks_for(rows, 1) : blocks_for(rows, kWarps),
            kThreads, 0, a);
   });
   return {y, total};
@@ -171,24 +225,29 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift,
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y, const Tensor& grad_logdet,
                                                             const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                                            int64_t law, const std::vector<double>& law_parameters,
+                                                            const std::optional<Tensor>& positions, int64_t law, const std::vector<double>& law_parameters,
                                                             int64_t form, bool inverse) {
   const OnDevice device(x);
   const int64_t rows = x.size(0), features = x.size(1);
-  Tensor grad_x = new_empty(x, {rows, features}), grad_shift = new_empty(x, {rows, features}),
-         grad_scale = new_empty(x, {rows, features});
+  const int64_t width = shift.size(1);
+  Tensor grad_x = new_empty(x, {rows, features});
+  // With positions there may be columns that no feature reads.
+  const std::vector<int64_t> size{rows, width};
+  Tensor grad_shift = positions ? torch::stable::new_zeros(x, size) : torch::stable::new_empty(x, size),
+         grad_scale = positions ? torch::stable::new_zeros(x, size) : torch::stable::new_empty(x, size);
   const Tensor grad_rows = torch::stable::contiguous(grad_logdet);
   dispatch_storage(x, [&]<class S, class T>() {
-    auto a = affine_call<S, T>(x, shift, scale, law, law_parameters, form, inverse);
+    auto a = affine_call<S, T>(x, shift, scale, positions, law, law_parameters, form, inverse);
     a.grad_y = view<S>(grad_y);
     a.grad_logdet = static_cast<const T*>(grad_rows.const_data_ptr());
     a.grad_x = dense<S>(grad_x, features);
-    a.grad_shift = dense<S>(grad_shift, features);
-    a.grad_scale = dense<S>(grad_scale, features);
+    a.grad_shift = dense<S>(grad_shift, width);
+    a.grad_scale = dense<S>(grad_scale, width);
     a.vector_x = a.vector_x && vectorises(a.grad_y, features) && vectorises(a.grad_x, features) &&
-                 vectorises(a.grad_shift, features) && vectorises(a.grad_scale, features);
+                 (positions || (vectorises(a.grad_shift, features) && vectorises(a.grad_scale, features)));
     a.wide = wide_rows(device, rows, features);
-    launch(device, "affine_coupling_backward", affine_coupling_backward_kernel<S, T>,
+    launch(device, "affine_coupling_backward",
+           positions ? affine_coupling_backward_kernel<S, T, true> : affine_coupling_backward_kernel<S, T, false>,
            a.wide ? blocks_for(rows, 1) : blocks_for(rows, kWarps), kThreads, 0, a);
   });
   return {grad_x, grad_shift, grad_scale};
@@ -198,10 +257,10 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels_cuda, m) {
   m.def(
-      "affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? logdet, int law, float[] law_parameters, int form, "
+      "affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? logdet, Tensor? positions, int law, float[] law_parameters, int form, "
       "bool inverse) -> (Tensor, Tensor)");
   m.def(
-      "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor shift, Tensor scale, int law, "
+      "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor shift, Tensor scale, Tensor? positions, int law, "
       "float[] law_parameters, int form, bool inverse) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -41,7 +41,7 @@ struct MafDeviceCall {
   const T* packed;
   NamedAffine<T> affine;
   int64_t samples, stride;    // stride: samples per kept row
-  const T* input;             // (samples, features), as are the next three
+  const T* input;             // (samples, features), as are the next three; forwards only
   T* output;
   const T* grad_output;
   T* grad_input;
@@ -76,6 +76,7 @@ struct DeviceNet {
   int steps, layers, blocks, inputs, features, parameters, context_width;
   const int64_t *input_perm, *input_up_to, *block;
   int64_t kept_parameters;  // backwards: first kept row of the forward net's parameters
+  int64_t kept_noise;       // first kept row of z, kept by the sampling direction
   bool chain;               // every block fits the chain
   T* state_in;
   T *part, *acc, *diagonal;
@@ -207,7 +208,9 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
           net.layer[net.layers - 2 - l].kept_slope = row + (both ? record[0] : 0) + record[0] - 1;
         row += kept_rows_of(call.other, l);
       }
+      kept = row;
     }
+    net.kept_noise = kept;
   }
   __syncthreads();
 }
@@ -315,6 +318,7 @@ struct DeviceTile {
     logdet += out.logdet;
     if (is_sample(s)) call.output[(first + s) * net.features + net.input_perm[feature]] = out.y;
     keep(call.saved, feature, s, out.y);
+    keep(call.saved, net.kept_noise + feature, s, z);
     return out.y;
   }
 
@@ -409,7 +413,7 @@ struct DeviceTile {
     if (!is_sample(s)) return {T(0), T(0), T(0), T(0)};
     const int64_t n = first + s, at = n * net.features + forward_perm(f);
     const T* parameters = call.saved_in + (net.kept_parameters + 2 * f) * call.stride + n;
-    const T z = call.sweep ? call.input[at] : call.saved_in[static_cast<int64_t>(f) * call.stride + n];
+    const T z = call.saved_in[((call.sweep ? net.kept_noise : 0) + f) * call.stride + n];
     return {call.grad_output[at], z, parameters[0], parameters[call.stride]};
   }
   __device__ int64_t forward_perm(int f) const { return (call.other + call.other[5])[f]; }
@@ -642,13 +646,15 @@ struct DeviceTile {
           multiply_in(rows[0], weights + 2 * f * count, count, g.u);
           multiply_in(rows[0], weights + (2 * f + 1) * count, count, g.shift);
         } else {
-          const Transformed<T> t = affine_by_name(call.affine, pick(values[0], f), out[0], out[1]);
+          const T z = pick(values[0], f);
+          const Transformed<T> t = affine_by_name(call.affine, z, out[0], out[1]);
           if (lane == 0) {
             const int feature = feature0 + f;
             logdet += t.logdet;
             net.state_in[static_cast<int64_t>(feature) * S + s] = t.y;
             call.output[(first + s) * net.features + net.input_perm[feature]] = t.y;
             keep(call.saved, feature, s, t.y);
+            keep(call.saved, net.kept_noise + feature, s, z);
             keep(call.saved, net.layer[last].kept_output + 2 * feature, s, out[0]);
             keep(call.saved, net.layer[last].kept_output + 2 * feature + 1, s, out[1]);
           }
@@ -952,7 +958,7 @@ __global__ void __launch_bounds__(kPackThreads) maf_context_gradient_kernel(cons
 
 inline constexpr int64_t kKeptLanes = 16;  // flowkernels/ops/maf/autograd.py: _LANES
 
-inline int64_t kept_stride(int64_t samples) { return ((samples + kKeptLanes - 1) / kKeptLanes + 1) * kKeptLanes; }
+inline int64_t kept_stride(int64_t samples) { return (samples + kKeptLanes - 1) / kKeptLanes * kKeptLanes; }
 
 inline const int64_t* table_of(const Tensor& table) { return static_cast<const int64_t*>(table.const_data_ptr()); }
 
@@ -988,6 +994,9 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
   const int64_t state = 2 * table_size * S;
   const int64_t statically = static_cast<int64_t>(sizeof(DeviceNet<T>) + kMetas * sizeof(BlockMeta) + 1024);
   const int64_t limit = (device.shared_memory() - statically) / 128 * 128;
+  STD_TORCH_CHECK(limit >= kTileThreads<T> * static_cast<int64_t>(sizeof(T)), "maf needs ",
+                  statically + kTileThreads<T> * static_cast<int64_t>(sizeof(T)),
+                  " bytes of shared memory for a thread block, this device has ", device.shared_memory());
   const int64_t wanted = ((work + state) * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
   const int64_t shared = wanted < limit ? wanted : limit;
   const int64_t most = 4 * static_cast<int64_t>(device.multiprocessors());
@@ -1000,16 +1009,15 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
 }
 
 template <bool Inverse>
-std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>& context, const Tensor& packed,
+std::tuple<Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>& context, const Tensor& packed,
                                        const Tensor& table, int64_t law, const std::vector<double>& law_parameters,
-                                       int64_t form, int64_t saved_rows) {
+                                       int64_t form, const std::optional<Tensor>& saved) {
   const OnDevice device(input);
   const int64_t samples = input.size(0), features = input.size(1);
   const Tensor in = torch::stable::contiguous(input);
   std::optional<Tensor> ctx;
   if (context) ctx = torch::stable::contiguous(*context);
   Tensor out = new_empty(in, {samples, features}), logdet = new_empty(in, {samples});
-  Tensor saved = new_empty(in, {saved_rows, kept_stride(samples)});
   dispatch_float(in, [&]<class T>() {
     MafDeviceCall<T> call{};
     call.table = table_of(table);
@@ -1021,23 +1029,23 @@ std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& input, const std::optional<
     call.output = static_cast<T*>(out.mutable_data_ptr());
     call.logdet = static_cast<T*>(logdet.mutable_data_ptr());
     call.context = data_or_null<T>(ctx);
-    call.saved = saved_rows ? static_cast<T*>(saved.mutable_data_ptr()) : nullptr;
+    call.saved = saved ? static_cast<T*>(saved->mutable_data_ptr()) : nullptr;
     call.sweep = Inverse;
     launch_maf<T, false>(device, call, in, table.size(0));
   });
-  return {out, logdet, saved};
+  return {out, logdet};
 }
 
 template <bool Inverse>
-std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const Tensor& grad_logdet, const Tensor& input,
+std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const Tensor& grad_logdet,
                                                 const Tensor& saved, const Tensor& packed_back,
                                                 const std::vector<Tensor>& masks, const Tensor& table,
                                                 const Tensor& table_back, int64_t law,
                                                 const std::vector<double>& law_parameters, int64_t form,
                                                 int64_t context_width, bool want_parameters) {
-  const OnDevice device(input);
-  const int64_t samples = input.size(0), features = input.size(1), stride = kept_stride(samples);
-  const Tensor in = torch::stable::contiguous(input), grad_out = torch::stable::contiguous(grad_output),
+  const OnDevice device(grad_output);
+  const int64_t samples = grad_output.size(0), features = grad_output.size(1), stride = kept_stride(samples);
+  const Tensor in = torch::stable::contiguous(grad_output), grad_out = in,
                grad_rows = torch::stable::contiguous(grad_logdet);
   int64_t count = 0, kept = 4 * features;
   for (const Tensor& mask : masks) {
@@ -1056,7 +1064,6 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
     call.affine = {law_parameters_of<T>(law_parameters), static_cast<Law>(law), static_cast<Form>(form), Inverse};
     call.samples = samples;
     call.stride = stride;
-    call.input = static_cast<const T*>(in.const_data_ptr());
     call.grad_output = static_cast<const T*>(grad_out.const_data_ptr());
     call.grad_logdet = static_cast<const T*>(grad_rows.const_data_ptr());
     call.grad_input = static_cast<T*>(grad_in.mutable_data_ptr());
@@ -1092,9 +1099,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels_cuda, m) {
   for (const char* name : {"maf_forward", "maf_inverse"}) {
     const std::string forward = std::string(name) +
                                 "(Tensor x, Tensor? context, Tensor packed, Tensor table, int law, float[] law_parameters, "
-                                "int form, int saved_rows) -> (Tensor, Tensor, Tensor)";
+                                "int form, Tensor(a!)? saved) -> (Tensor, Tensor)";
     const std::string backward = std::string(name) +
-                                 "_backward(Tensor grad_output, Tensor grad_logdet, Tensor x, Tensor saved, Tensor packed_back, "
+                                 "_backward(Tensor grad_output, Tensor grad_logdet, Tensor saved, Tensor packed_back, "
                                  "Tensor[] masks, Tensor table, Tensor table_back, int law, float[] law_parameters, int form, "
                                  "int context_width, bool want_parameters) -> (Tensor, Tensor, Tensor)";
     m.def(forward.c_str());

@@ -98,7 +98,7 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
     if x.dtype != dtype:
         y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype) for step in steps])
         return y.to(x.dtype), logdet
-    if runs_reference(x):
+    if runs_reference(x, "maf"):
         return _reference_chain(x, steps)
     device = x.device
     grad = torch.is_grad_enabled() and (

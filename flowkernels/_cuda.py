@@ -1,0 +1,173 @@
+"""CUDA tensors: which kernels an operator runs, CUDA C++ or Triton, and why.
+
+The compiled library declares its CUDA kernels as ``flowkernels_cuda::<operator>``, the Triton kernels are functions of
+``ops/<operator>/triton.py``. `run` is what every operator registers for CUDA tensors: it looks up the choice and calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flowkernels import _library
+
+# The Triton functions of each operator, module and name.
+TRITON = {
+    "affine_coupling": ("flowkernels.ops.affine_coupling.triton", "affine_coupling"),
+    "affine_coupling_backward": ("flowkernels.ops.affine_coupling.triton", "affine_coupling_backward"),
+    "masked_linear": ("flowkernels.ops.masked_linear.triton", "masked_linear"),
+    "masked_linear_backward": ("flowkernels.ops.masked_linear.triton", "masked_linear_backward"),
+    "gumbel_softmax": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax"),
+    "gumbel_softmax_backward": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax_backward"),
+    "gumbel_argmax": ("flowkernels.ops.gumbel_argmax.triton", "gumbel_argmax"),
+}
+
+# Operators that need Python around their CUDA C++ kernels: one call becomes several.
+COMPOSED = {
+    "maf": ("flowkernels.ops.maf.cuda", "maf"),
+    "maf_backward": ("flowkernels.ops.maf.cuda", "maf_backward"),
+}
+
+# Operators whose kernels, C++ or Triton, are called by a function that gets the kernel first.
+WRAPPED = {
+    "affine_coupling": ("flowkernels.ops.affine_coupling.cuda", "affine_coupling"),
+    "affine_coupling_backward": ("flowkernels.ops.affine_coupling.cuda", "affine_coupling_backward"),
+}
+
+# What `auto` tries first, per operator, with where the order comes from. A line is changed only by a measurement: its file in
+# benchmarks/results stands beside it.
+ORDER: dict[str, tuple[tuple[str, ...], str]] = {}
+DEFAULT_ORDER = (("cuda", "triton"), "not measured yet: C++ before Triton")
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernel(name: str, operator: str) -> bool:
+    """Whether backend `name` has a kernel for `operator`, leaving aside whether this machine can run it."""
+    if name == "cuda":
+        return _library.is_built() and hasattr(torch.ops.flowkernels_cuda, "maf_pack" if operator in COMPOSED else operator)
+    return operator in TRITON and importlib.util.find_spec(TRITON[operator][0]) is not None
+
+
+@functools.cache
+def built_for() -> tuple[int, ...]:
+    """The architectures that the compiled kernels hold code for, 90 for sm_90."""
+    if not has_kernel("cuda", "architectures"):
+        return ()
+    text: str = torch.ops.flowkernels_cuda.architectures()
+    return tuple(int(item) for item in text.split(",") if item)
+
+
+def why_not_cuda() -> str | None:
+    """Why the CUDA C++ kernels cannot be had here, or None."""
+    if not _library.is_built():
+        return _library.load_error
+    if not has_kernel("cuda", "affine_coupling"):
+        return "the CUDA kernels were not built (no nvcc or a CPU build of torch at build time, or FLOWKERNELS_CUDA=0)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return why_not_device(torch.cuda.current_device())
+
+
+def why_not_device(index: int) -> str | None:
+    """Why the CUDA C++ kernels do not run on this device."""
+    major, minor = torch.cuda.get_device_capability(index)
+    sm = 10 * major + minor
+    if any(built // 10 == major and built <= sm for built in built_for()):
+        return None
+    have = ", ".join(f"sm_{built}" for built in built_for())
+    return (
+        f"{torch.cuda.get_device_name(index)} is sm_{sm}, but the CUDA kernels were built for {have}: "
+        f"rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def why_not_triton() -> str | None:
+    """Why the Triton kernels cannot be had here, or None."""
+    if not has_triton():
+        return "triton is not installed (pip install triton, or a CUDA build of torch, which brings it)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}; the Triton kernels need sm_80 or newer"
+    return None
+
+
+def why_not(name: str, operator: str) -> str | None:
+    """Why `operator` cannot run on backend `name`."""
+    reason = why_not_cuda() if name == "cuda" else why_not_triton()
+    if reason is None and not has_kernel(name, operator):
+        reason = f"there is no {'CUDA C++' if name == 'cuda' else 'Triton'} kernel for {operator}"
+    return reason
+
+
+def choose(operator: str, forced: str) -> tuple[str, str]:
+    """(backend, why) for CUDA tensors; `forced` is what `use_backend` asked for, or "auto"."""
+    if forced in ("cuda", "triton"):
+        reason = why_not(forced, operator)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
+        return forced, "asked for by use_backend"
+    if forced == "cpu":
+        raise RuntimeError(f"backend 'cpu' cannot run {operator} on CUDA tensors: move them, or leave the choice to 'auto'")
+    if forced == "reference":
+        return "reference", "asked for by use_backend"
+    order, source = ORDER.get(operator, DEFAULT_ORDER)
+    reasons = []
+    for name in order:
+        reason = why_not(name, operator)
+        if reason is None:
+            return name, "; ".join([source, *reasons])
+        reasons.append(f"not {name}: {reason}")
+    return "reference", "; ".join(reasons)
+
+
+@functools.cache
+def _kernel(name: str, operator: str) -> Callable[..., Any]:
+    found: Callable[..., Any]
+    if name == "cuda" and operator not in COMPOSED:
+        found = getattr(torch.ops.flowkernels_cuda, operator).default
+    else:
+        found = _function((COMPOSED if name == "cuda" else TRITON)[operator])
+    return functools.partial(_function(WRAPPED[operator]), found) if operator in WRAPPED else found
+
+
+def _function(where: tuple[str, str]) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(importlib.import_module(where[0]), where[1])
+    return found
+
+
+def run(operator: str, reference: Callable[..., Any], *args: Any) -> Any:
+    """An operator on CUDA tensors."""
+    from flowkernels._backend import backend
+
+    name, _ = choose(operator, backend())
+    return (reference if name == "reference" else _kernel(name, operator))(*args)
+
+
+def explain() -> list[str]:
+    """One line per operator: what CUDA tensors run on here, and why."""
+    if not torch.cuda.is_available():
+        return ["GPU: torch sees no CUDA device"]
+    lines = [f"GPU: {torch.cuda.get_device_name()}"]
+    for operator in ("affine_coupling", "masked_linear", "maf", "gumbel_softmax", "gumbel_argmax"):
+        name, why = choose(operator, "auto")
+        lines.append(f"  {operator}: {name} ({why})")
+    room = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+    if room < 160 * 1024:
+        lines.append(
+            f"  maf: a thread block has {room // 1024} KB of shared memory here; wide networks keep a tile's activations in "
+            "device memory (the smaller plan)"
+        )
+    return lines

@@ -1,0 +1,208 @@
+"""Calls and nets that every GPU backend is compared on, small enough for an interpreter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowkernels.ops.affine_coupling import cuda as affine_cuda
+from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.maf import cuda as maf_cuda
+from flowkernels.ops.maf import reference as maf
+from flowkernels.plan import Plan
+from flowkernels.scales import FORMS, NAMES, ScaleLaw
+
+
+def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The error of `got` is at most twice that of the plain version in its dtype, plus that dtype's rounding.
+
+    Against the largest value of the tensor, or 1: what a kernel may lose by another order of summation is relative to that.
+    """
+    assert got.shape == exact.shape, (name, got.shape, exact.shape)
+    if exact.numel() == 0:
+        return
+    finite = exact.isfinite()
+    assert (got.isfinite() == finite).all(), f"{name}: other elements are finite"
+    exact = torch.where(finite, exact, 0.0)
+    error = torch.where(finite, (got.double() - exact).abs(), 0.0).max().item()
+    plain_error = torch.where(finite, (plain.double() - exact).abs(), 0.0).max().item()
+    rounding = torch.finfo(got.dtype).eps * max(1.0, exact.abs().max().item())
+    assert error <= 2 * plain_error + 4 * rounding, f"{name}: error {error:.3g}, plain {plain_error:.3g}"
+
+
+def affine_options() -> Iterator[tuple[ScaleLaw, str, bool]]:
+    laws = [ScaleLaw(name) for name in NAMES]
+    laws += [ScaleLaw("softplus", floor=0.0), ScaleLaw("sigmoid", floor=0.0), ScaleLaw("clip", pass_gradient=0.0)]
+    for law in laws:
+        for form in FORMS:
+            if form != "gate" or law.name == "sigmoid":
+                yield law, form, False
+                yield law, form, True
+
+
+def check_affine(
+    kernels: Any,
+    rows: int,
+    features: int,
+    dtype: torch.dtype,
+    law: ScaleLaw,
+    form: str,
+    inverse: bool,
+    *,
+    layout: str = "contiguous",
+    device: str = "cpu",
+) -> None:
+    """`layout` is that of the tensors, or "masked" or "compact": every second feature stays as it is."""
+    generator = torch.Generator().manual_seed(rows * 1000 + features)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    x, grad_y = make(rows, features).to(dtype), make(rows, features).to(dtype)
+    theta = make(rows, 2 * features + 1).to(dtype)
+    positions = None
+    if layout == "masked":
+        column = torch.arange(features, device=device)
+        positions = torch.where(column % 2 == 0, column, -1)
+    elif layout == "compact":
+        column = torch.arange(features, device=device)
+        positions = torch.where(column % 2 == 0, column // 2, -1)
+    if layout == "compact":
+        count = (features + 1) // 2
+        shift, scale = theta[:, :count].contiguous(), theta[:, count : 2 * count].contiguous()
+    elif layout == "interleaved":
+        shift, scale = theta[:, : 2 * features : 2], theta[:, 1 : 2 * features : 2]
+    elif layout == "blocked":
+        shift, scale = theta[:, 1 : features + 1], theta[:, features + 1 :]
+    elif layout == "transposed":
+        x, grad_y = x.T.contiguous().T, grad_y.T.contiguous().T
+        shift, scale = theta[:1, :features].expand(rows, -1), theta[:, :1].expand(-1, features)
+    else:
+        shift, scale = theta[:, :features].contiguous(), theta[:, features : 2 * features].contiguous()
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    logdet, grad_logdet = make(rows).to(compute), make(rows).to(compute)
+    options = (positions, law.code, law.numbers, FORMS.index(form), inverse)
+
+    def double(*tensors: Tensor) -> list[Tensor]:
+        return [t.double() for t in tensors]
+
+    inputs, grads = (x, shift, scale, logdet), (grad_y, grad_logdet, x, shift, scale)
+    forward = functools.partial(affine_cuda.affine_coupling, kernels.affine_coupling)
+    backward = functools.partial(affine_cuda.affine_coupling_backward, kernels.affine_coupling_backward)
+    for name, ours, plain, exact in (
+        *_zip("forward", forward, affine.affine_coupling, inputs, double(*inputs), options),
+        *_zip("backward", backward, affine.affine_coupling_backward, grads, double(*grads), (*options, 7)),
+    ):
+        assert_as_close(f"{name} {law} {form} inverse={inverse} {layout} {dtype}", ours, plain, exact)
+    assert forward(x, shift, scale, None, *options)[1].dtype == compute
+
+
+def _zip(name: str, ours: Any, reference: Any, inputs: Any, exact: Any, options: Any) -> Iterator[Any]:
+    for i, results in enumerate(zip(ours(*inputs, *options), reference(*inputs, *options), reference(*exact, *options), strict=True)):
+        yield f"{name} {i}", *results
+
+
+# ---- autoregressive networks -------------------------------------------------------------------------------------------
+
+
+def made_masks(features: int, hidden: Sequence[int], *, shuffled: bool = False) -> list[Tensor]:
+    """The masks of a MADE with two parameters per feature, interleaved; hidden degrees go round, or are drawn."""
+    generator = torch.Generator().manual_seed(features)
+    before = degrees = torch.randperm(features, generator=generator) + 1 if shuffled else torch.arange(features) + 1
+    masks = []
+    for width in hidden:
+        now = torch.arange(width) % max(1, features - 1) + 1
+        if shuffled:
+            now = torch.randint(1, max(2, features), (width,), generator=generator)
+        masks.append(now[:, None] >= before[None])
+        before = now
+    masks.append(degrees.repeat_interleave(2)[:, None] > before[None])
+    return masks
+
+
+def _residual() -> Plan:
+    return Plan(made_masks(7, [16] * 5), residual=[None, None, 0, None, 2], context=[0, 2])
+
+
+def _wide_step() -> Plan:
+    """Three features at once, then three that see them: one step has more units than a chain takes."""
+    first = torch.ones(70, 6) * (torch.arange(6) < 3)
+    return Plan([first, torch.cat([torch.zeros(6, 70), torch.ones(6, 70)])], activation="tanh")
+
+
+def _blocked() -> Plan:
+    masks = made_masks(6, [9])
+    masks[-1] = torch.cat([masks[-1][0::2], masks[-1][1::2]])
+    return Plan(masks, layout="blocked", activation="elu")
+
+
+PLANS: dict[str, Callable[[], Plan]] = {
+    "one_feature": lambda: Plan(made_masks(1, [3])),
+    "no_hidden": lambda: Plan(made_masks(4, [])),
+    "small": lambda: Plan(made_masks(5, [7])),
+    "two_layers": lambda: Plan(made_masks(13, [20, 18]), activation="tanh"),
+    "shuffled": lambda: Plan(made_masks(11, [30, 25], shuffled=True), activation="gelu"),
+    "several_blocks": lambda: Plan(made_masks(30, [100, 80])),
+    "five_layers": lambda: Plan(made_masks(9, [12] * 4), activation="silu"),
+    "ten_layers": lambda: Plan(made_masks(6, [8] * 9), activation="softplus"),
+    "residual_context": _residual,
+    "wide_step": _wide_step,
+    "blocked_layout": _blocked,
+}
+
+
+def check_maf(
+    kernels: Any, plans: Sequence[Plan], samples: int, dtype: torch.dtype, inverse: bool, *, law: str = "softplus",
+    form: str = "scale_shift", device: str = "cpu",
+) -> None:  # fmt: skip
+    """A chain of transforms, forwards and backwards."""
+    generator = torch.Generator().manual_seed(samples)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
+    features = plans[0].features
+    x, grad_y, grad_logdet = make(samples, features), make(samples, features), make(samples)
+    law_ = ScaleLaw(law)
+    steps, packed, back, contexts = [], [], [], []
+    for plan in plans:
+        parameters = []
+        for mask in plan.masks:
+            parameters += [make(*mask.shape) / max(1, mask.shape[1]) ** 0.5, 0.3 * make(mask.shape[0])]
+        contexts.append(make(samples, plan.context_width))
+        tables, masks = plan.tables(x.device), plan.masks_on(x.device)
+        packed.append(kernels.maf_pack(parameters, masks, tables[0], plan.packed_sizes[0]))
+        back.append(kernels.maf_pack(parameters, masks, tables[1], plan.packed_sizes[1]))
+        steps.append((plan, parameters))
+    forward_tables, backward_tables = ([p.tables(x.device)[i] for p in plans] for i in (0, 1))
+    masks = [m for p in plans for m in p.masks_on(x.device)]
+    codes = lambda keep: [  # noqa: E731
+        c for p in plans for c in (law_.code, FORMS.index(form), inverse, p.saved_rows[inverse] if keep else 0)
+    ]
+    numbers = law_.numbers * len(plans)
+    y, logdet, _ = maf_cuda.maf(x, contexts, packed, forward_tables, codes(False), numbers, kernels=kernels)
+    again, logdet_again, saved = maf_cuda.maf(x, contexts, packed, forward_tables, codes(True), numbers, kernels=kernels)
+    assert torch.equal(y, again), "keeping activations changes the result"
+    assert torch.equal(logdet, logdet_again)
+    grad_x, grad_contexts, flat = maf_cuda.maf_backward(
+        grad_y, grad_logdet, saved, back, masks, forward_tables, backward_tables, codes(True), numbers,
+        [p.context_width for p in plans], True, kernels=kernels,
+    )  # fmt: skip
+    got = [y, logdet, grad_x, *grad_contexts.split([c.numel() for c in contexts])]
+    got += flat.split([n for m in masks for n in (m.numel(), m.shape[0])])
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        cast = lambda ts: [t.detach().to(dtype).requires_grad_() for t in ts]  # noqa: E731
+        weights = [cast(parameters) for _, parameters in steps]
+        (start,), terms = cast([x]), cast(contexts)
+        out, total = start, 0.0
+        for plan, own, context in zip(plans, weights, terms, strict=True):
+            run = maf.maf_inverse if inverse else maf.maf_forward
+            out, one = run(out, context if plan.context_width else None, plan, own, law_, form)
+            total = total + one
+        leaves = [start, *terms, *(w for own in weights for w in own)]
+        grads = torch.autograd.grad([out, total], leaves, [grad_y.to(dtype), grad_logdet.to(dtype)], allow_unused=True)
+        return [out.detach(), total.detach()] + [
+            torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
+        ]
+
+    for i, (ours, plain, exact) in enumerate(zip(got, reference(dtype), reference(torch.float64), strict=True)):
+        assert_as_close(f"maf inverse={inverse} output {i} {dtype}", ours.reshape(exact.shape), plain, exact)

@@ -1,0 +1,88 @@
+"""Checks of the Triton kernels under TRITON_INTERPRET=1; `python tests/gpu/interpreted.py affine_coupling`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from cases import affine_options, assert_as_close, check_affine
+
+from flowkernels.scales import ScaleLaw
+
+
+def interpreted(kernel: object) -> None:
+    assert type(kernel).__name__ == "InterpretedFunction", "TRITON_INTERPRET=1 came too late"
+
+
+def affine_coupling() -> None:
+    from flowkernels.ops.affine_coupling import triton as kernels
+
+    interpreted(kernels.forward_kernel)
+    for law, form, inverse in affine_options():
+        for dtype in (torch.float64, torch.float32):
+            check_affine(kernels, 3, 5, dtype, law, form, inverse)
+    for layout in ("contiguous", "interleaved", "blocked", "transposed", "masked", "compact"):
+        for rows, features in ((0, 5), (1, 1), (9, 7), (2, 1030), (70, 16)):
+            check_affine(kernels, rows, features, torch.float32, ScaleLaw("softplus"), "scale_shift", False, layout=layout)
+
+
+def masked_linear() -> None:
+    from flowkernels.ops.masked_linear import reference
+    from flowkernels.ops.masked_linear import triton as kernels
+
+    interpreted(kernels.forward_kernel)
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    for samples, inputs, outputs, top in ((0, 3, 4, 3), (1, 1, 1, 1), (5, 7, 9, 4), (70, 130, 150, 12), (33, 100, 65, 200)):
+        for strict in (False, True):
+            i, o = (torch.randint(0, top, (n,), generator=generator) for n in (inputs, outputs))
+            x, w, b, g = make(samples, inputs), make(outputs, inputs), make(outputs), make(samples, outputs)
+            for activation in range(9) if samples == 5 else (0, 1):
+                args = (i, o, strict, activation)
+                y = kernels.masked_linear(x, w, b, *args)
+                plain, exact = (reference.masked_linear(x.to(d), w.to(d), b.to(d), *args) for d in (x.dtype, torch.float64))
+                assert_as_close(f"masked_linear {samples} {activation}", y, plain, exact)
+            rest = (i, o, strict, True, True)
+            ours = kernels.masked_linear_backward(g, x, w, *rest)
+            plain = reference.masked_linear_backward(g, x, w, *rest)
+            exact = reference.masked_linear_backward(g.double(), x.double(), w.double(), *rest)
+            for name, *values in zip(("x", "weight", "bias"), ours, plain, exact, strict=True):
+                assert_as_close(f"gradient of {name} {samples}", *values)
+
+
+def gumbel() -> None:
+    from flowkernels.ops.gumbel_argmax import reference as argmax_reference
+    from flowkernels.ops.gumbel_argmax import triton as argmax
+    from flowkernels.ops.gumbel_softmax import reference, triton
+
+    interpreted(triton.forward_kernel)
+    generator = torch.Generator().manual_seed(0)
+    for rows, classes in ((0, 3), (1, 1), (7, 5), (3, 130), (2, 2100)):
+        logits = torch.randn(rows, classes, generator=generator)
+        tau = torch.rand(rows, generator=generator) + 0.5
+        seed = torch.tensor(0x123456789ABCDEF)
+        for stream in (0, 3):
+            soft = triton.gumbel_softmax(logits, tau, seed, stream, False)
+            plain = reference.gumbel_softmax(logits, tau, seed, stream, False)
+            exact = reference.gumbel_softmax(logits, tau, seed, stream, False).double()
+            assert (soft - plain).abs().max().item() < 2e-6 if rows else True
+            hard = triton.gumbel_softmax(logits, tau, seed, stream, True)
+            assert torch.equal(hard, reference.gumbel_softmax(logits, tau, seed, stream, True))
+            grad = torch.randn(rows, classes, generator=generator)
+            for a, b, c in zip(
+                triton.gumbel_softmax_backward(grad, soft, tau, True),
+                reference.gumbel_softmax_backward(grad, soft, tau, True),
+                reference.gumbel_softmax_backward(grad.double(), soft.double(), tau.double(), True),
+                strict=True,
+            ):
+                assert_as_close("gumbel_softmax_backward", a, b, c)
+            del exact
+            ours, theirs = argmax.gumbel_argmax(logits, seed, stream, 2), argmax_reference.gumbel_argmax(logits, seed, stream, 2)
+            assert torch.equal(ours[0], theirs[0])
+            for a, b in zip(ours[1:], theirs[1:], strict=True):
+                assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    {"affine_coupling": affine_coupling, "masked_linear": masked_linear, "gumbel": gumbel}[sys.argv[1]]()
+    print(f"{sys.argv[1]}: as the reference says")

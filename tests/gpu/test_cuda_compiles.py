@@ -1,0 +1,41 @@
+"""nvcc compiles every .cu file for sm_80 and sm_90a, and nothing spills."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import build
+import pytest
+
+# Most registers that a kernel may take: 64 Ki registers over the threads of a block that have to be resident.
+REGISTERS = {"affine_coupling": 96, "maf_kernel": 255, "": 128}
+
+
+def limit_of(kernel: str) -> int:
+    return next(limit for name, limit in REGISTERS.items() if name in kernel)
+
+
+@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
+@pytest.mark.parametrize("source", build.SOURCES, ids=lambda path: path.stem)
+def test_compiles_without_spills(nvcc: str, source: Path, architecture: str, record_property: object) -> None:
+    usages = build.nvcc_report(source, architecture)
+    for usage in usages:
+        assert usage.spill_stores == usage.spill_loads == usage.stack == 0, usage
+        assert usage.registers <= limit_of(usage.kernel), usage
+    if source.stem != "build_info":
+        assert usages, "ptxas reported no kernel"
+
+
+def test_the_gate_sees_spills() -> None:
+    text = (
+        "ptxas info    : Function properties for kernel\n    8 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 128 registers, used 1 barriers\n"
+    )
+    assert build.parse_ptxas(text) == [build.Usage("kernel", 128, 8, 16, 12)]
+
+
+def test_every_kernel_is_reported(nvcc: str) -> None:
+    """The report is read whole: one entry for each __global__ function and type."""
+    source = next(path for path in build.SOURCES if path.stem == "affine_coupling")
+    assert len(build.nvcc_report(source, "90a")) == 16, os.linesep.join(map(str, build.nvcc_report(source, "90a")))
