@@ -56,7 +56,7 @@ def test_an_unknown_operator_is_named() -> None:
 def test_a_right_case_gives_complete_figures(op: str, what: str) -> None:
     record = core.run_case(pick(op, what), FAST, RATES)
     assert record["status"] == "ok", record
-    assert record["notes"] == []
+    assert not [note for note in record["notes"] if "left out" in note]
     names = [v["name"] for v in record["variants"]]
     assert names[:2] == ["flowkernels", "PyTorch"]
     for v in record["variants"]:
