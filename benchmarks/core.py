@@ -204,6 +204,18 @@ def error_of(result: Result, truth: Result, least: float = 0.0) -> float:
     return worst
 
 
+def _rounding(result: Result) -> float:
+    """One rounding of the coarsest dtype in it; 0 if all are integers, which have to be exact."""
+    return max((torch.finfo(t.dtype).eps for t in result if t.is_floating_point()), default=0.0)
+
+
+def plain_of(problem: Problem, present: Mapping[str, Any]) -> str | None:
+    """The variant whose error the others are held against, if it is there."""
+    names = [v.name for v in problem.variants if v.name in present]
+    kinds = {v.name: v.kind for v in problem.variants}
+    return next((n for n in names if n == problem.reference or (not problem.reference and kinds[n] == PLAIN)), None)
+
+
 def check(problem: Problem, results: Mapping[str, Result]) -> dict[str, float]:
     """The error of every variant, against float64.
 
@@ -226,8 +238,8 @@ def check(problem: Problem, results: Mapping[str, Result]) -> dict[str, float]:
     errors = {
         v.name: error_of(results[v.name], truth_of(v), problem.least) for v in problem.variants if v.name in results
     }
-    plain = problem.reference or next((v.name for v in problem.variants if v.kind == PLAIN and v.name in results), None)
-    eps = max(torch.finfo(t.dtype).eps for r in results.values() for t in r if t.is_floating_point())
+    plain = plain_of(problem, results)
+    eps = max(map(_rounding, results.values()), default=0.0)
     base = 1000 * eps if plain is None else min(2 * errors[plain] + 32 * eps, 1000 * eps)
     for variant in problem.variants:
         if variant.name not in errors:
@@ -398,6 +410,15 @@ def run_case(
         times = interleaved({v.name: v.run for v in variants}, options.seconds, tick)
     with torch.set_grad_enabled(problem.grad):
         peaks = {v.name: peak_memory(v.run) if quantile(times[v.name], 0.5) < SLOW else None for v in variants}
+    plain = plain_of(problem, errors)
+    for variant in variants:
+        if (
+            plain
+            and variant.kind == OURS
+            and errors[variant.name] > 2 * errors[plain] + _rounding(results[variant.name])
+        ):
+            ratio = errors[variant.name] / max(errors[plain], 1e-30)
+            record["notes"].append(f"{variant.name}: its largest error is {ratio:.1f} times that of {plain}")
     ours = next((quantile(times[v.name], 0.5) for v in variants if v.kind == OURS), None)
     for variant in variants:
         samples = times[variant.name]

@@ -5,6 +5,8 @@ python -m pytest benchmarks/gumbel_argmax.py --benchmark-group-by=group
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("k", [1, 4])
-def test_samples(benchmark, name: str, k: int) -> None:
+def test_samples(benchmark: Any, name: str, k: int) -> None:
     benchmark.group = f"{k} samples"
     logits = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0))
     index = benchmark(CALLS[name], logits, k)

@@ -101,6 +101,7 @@ def _sampling(
         flops=2.0 * batch * plain.existing_weights(nets),
         bytes=_bytes(nets, batch),
         least=1.0,
+        reference=None if others and features < TOO_MANY_FEATURES else "PyTorch, blocked",
     )
 
 
@@ -250,9 +251,12 @@ def _training(features: int, hidden: int, transforms: int, batch: int, options: 
     )
 
 
+def _parameters(nets: list[plain.Net]) -> list[Tensor]:
+    return [p for net in nets for pair in zip(net.weights, net.biases, strict=True) for p in pair]
+
+
 def _gradients(nets: list[plain.Net]) -> list[Tensor]:
-    found = [p.grad for net in nets for pair in zip(net.weights, net.biases, strict=True) for p in pair]
-    return [g for g in found if g is not None]
+    return [p.grad for p in _parameters(nets) if p.grad is not None]
 
 
 # ---- gradients of samples --------------------------------------------------------------------------------------------
@@ -264,11 +268,10 @@ def _rsample(features: int, hidden: int, batch: int, options: Options) -> Proble
     z = _noise(batch, features)
 
     def both(nets: list[plain.Net], transform: Callable[[], tuple[Tensor, Tensor]]) -> list[Tensor]:
-        for p in (p for net in nets for p in (*net.weights, *net.biases)):
-            p.grad = None
         x, logdet = transform()
-        torch.autograd.backward(x.square().sum() + logdet.sum())
-        return [x.detach(), logdet.detach(), *_gradients(nets)]
+        # Returned, not kept in .grad: so they count as memory of this call.
+        gradients = torch.autograd.grad(x.square().sum() + logdet.sum(), _parameters(nets))
+        return [x.detach(), logdet.detach(), *gradients]
 
     def true_sampling() -> list[Tensor]:
         leaves = [net.leaves() for net in plain.nets_of(flow)]
@@ -308,10 +311,11 @@ def _rsample(features: int, hidden: int, batch: int, options: Options) -> Proble
             other = peers.nflows_flow(nets[4])
 
             def run() -> list[Tensor]:
-                other.zero_grad()
                 x, logdet = other._transform.inverse(z)
                 torch.autograd.backward(x.square().sum() + logdet.sum())
-                return [x.detach(), logdet.detach(), *peers.nflows_gradients(other, nets[4])]
+                gradients = peers.nflows_gradients(other, nets[4])
+                other.zero_grad()
+                return [x.detach(), logdet.detach(), *gradients]
 
             variants.append(Variant("nflows", PEER, run))
     flops = 6.0 * batch * plain.existing_weights(nets[0])

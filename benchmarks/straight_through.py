@@ -5,6 +5,8 @@ python -m pytest benchmarks/straight_through.py --benchmark-group-by=group
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize(("kind", "name"), CALLS)
-def test_forward(benchmark, kind: str, name: str) -> None:
+def test_forward(benchmark: Any, kind: str, name: str) -> None:
     benchmark.group = kind
     x = torch.rand(ROWS, CLASSES, generator=torch.Generator().manual_seed(0))
     y = benchmark(CALLS[kind, name], x)

@@ -5,6 +5,8 @@ python -m pytest benchmarks/vector_quantize.py --benchmark-group-by=group
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,14 +26,14 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(CODES, FEATURES, generator=generator)
 
 
-def allocated(call, *arguments: torch.Tensor) -> int:
+def allocated(call: Any, *arguments: torch.Tensor) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         call(*arguments)
     return sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_search(benchmark, name: str) -> None:
+def test_search(benchmark: Any, name: str) -> None:
     benchmark.group = "nearest of 1024 codes"
     x, codebook = data()
     index = benchmark(CALLS[name], x, codebook)

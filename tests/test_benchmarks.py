@@ -56,7 +56,7 @@ def test_an_unknown_operator_is_named() -> None:
 def test_a_right_case_gives_complete_figures(op: str, what: str) -> None:
     record = core.run_case(pick(op, what), FAST, RATES)
     assert record["status"] == "ok", record
-    assert record["notes"] == []
+    assert not [note for note in record["notes"] if "left out" in note]
     names = [v["name"] for v in record["variants"]]
     assert names[:2] == ["flowkernels", "PyTorch"]
     for v in record["variants"]:
@@ -85,10 +85,10 @@ def _off_by_a_little(op: Any) -> Any:
         ("affine_coupling", "forward", fk.ops, "affine_coupling"),
         ("affine_coupling", "forward+backward", fk.ops, "affine_coupling"),
         ("masked_linear", "forward", fk.ops, "masked_linear"),
-        ("maf", "sampling", fk.nn.autoregressive, "maf_inverse"),
-        ("maf", "log_prob", fk.nn.autoregressive, "maf_forward"),
-        ("maf", "training step", fk.nn.autoregressive, "maf_forward"),
-        ("maf", "sampling+gradient", fk.nn.autoregressive, "maf_inverse"),
+        ("maf", "sampling", fk.models.autoregressive, "run_chain"),
+        ("maf", "log_prob", fk.models.autoregressive, "run_chain"),
+        ("maf", "training step", fk.models.autoregressive, "run_chain"),
+        ("maf", "sampling+gradient", fk.models.autoregressive, "run_chain"),
     ],
 )
 def test_a_broken_operator_gets_no_figures(
