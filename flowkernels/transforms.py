@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowkernels.scales import NAMES as LAW_NAMES
 from flowkernels.scales import ScaleLaw, as_law
 
 __all__ = ["LogisticMixture", "RQSpline"]
@@ -196,6 +197,13 @@ def params_per_feature(transform: Transform) -> int:
     if isinstance(transform, ScaleLaw):
         return 1 if transform.name == "unit" else 2
     return transform.params_per_feature
+
+
+def code_and_numbers(transform: ScaleLaw | RQSpline) -> tuple[int, list[float]]:
+    """How the autoregressive operators are told of their transform, with six numbers: scale laws count from 0, then come the splines."""
+    if isinstance(transform, ScaleLaw):
+        return transform.code, [*transform.numbers, 0.0, 0.0, 0.0]
+    return len(LAW_NAMES) + transform.code, [*transform.numbers, float(transform.bins)]
 
 
 def identity_parameters(transform: Transform) -> Tensor:

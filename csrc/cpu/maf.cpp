@@ -19,11 +19,17 @@ void parallel_tiles(int64_t samples, const Net& net, F&& f) {
 }
 
 // Numbers that describe one transform: law, form, whether it is inverted, and how many rows it keeps (0: none).
-inline constexpr int kCodes = 4, kNumbers = 3;
+inline constexpr int kCodes = 4, kNumbers = 6;
 
 template <class T>
 void bind_transform(MafCall<T>& call, const int64_t* codes, const double* numbers) {
   call.inverse = codes[2];
+  if (is_spline(codes[0])) {
+    const int64_t style = codes[0] - static_cast<int64_t>(Law::count), bins = static_cast<int64_t>(numbers[5]);
+    STD_TORCH_CHECK(call.net->parameters == 3 * bins - 1, "the plan must have ", 3 * bins - 1,
+                    " parameters per feature, got ", call.net->parameters);
+    return bind_spline(call.transform, bins, style, numbers, call.inverse);
+  }
   FK_BEST(bind_affine<T>)(call.transform, static_cast<Law>(codes[0]), static_cast<Form>(codes[1]), call.inverse);
   call.transform.law = law_parameters_of<T>(numbers);
 }

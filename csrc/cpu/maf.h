@@ -4,21 +4,11 @@
 // [row][lane]. SIMD runs across samples, and a thread takes whole tiles, so threads never meet and the result of a sample does not depend on its neighbours.
 #pragma once
 #include "cpu/panels.h"
+#include "cpu/transform.h"
 
 namespace fk {
 
-// The elementwise transform that ends an autoregressive layer, as functions over one feature's lanes.
-//   forward   y, logdet from x and the feature's parameter rows
-//   backward  gradients of x and the parameter rows
-template <class T>
-struct Transform {
-  using Forward = void (*)(const T* x, const T* parameters, T* y, T* logdet, const LawParameters<T>&);
-  using Backward = void (*)(const T* grad_y, const T* grad_logdet, const T* x, const T* parameters, T* grad_x,
-                            T* grad_parameters, const LawParameters<T>&);
-  Forward forward = nullptr;
-  Backward backward = nullptr;
-  LawParameters<T> law{};
-};
+static_assert(kTransformLanes == kLanes);
 
 // Where rows are kept for the backward pass: first the inputs, then per layer the outputs (and pre-activations where the slope
 // needs them). Every section begins with a new chunk of kLanes rows; a chunk holds [sample][row].

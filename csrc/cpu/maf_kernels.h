@@ -20,9 +20,9 @@ void multiply_add_range(const Layer& layer, const Panel* group, const T* packed,
 // Transforms over rows of lanes.
 
 template <Law L, Form F, bool Inverse, class T>
-void affine_lanes(const T* x, const T* parameters, T* y, T* logdet, const LawParameters<T>& law) {
+void affine_lanes(const T* x, const T* parameters, T* y, T* logdet, const Transform<T>& t) {
   for (int i = 0; i < kLanes; ++i) {
-    const Transformed<T> out = affine<L, F, Inverse>(x[i], parameters[i], parameters[kLanes + i], law);
+    const Transformed<T> out = affine<L, F, Inverse>(x[i], parameters[i], parameters[kLanes + i], t.law);
     y[i] = out.y;
     logdet[i] += out.logdet;
   }
@@ -30,10 +30,10 @@ void affine_lanes(const T* x, const T* parameters, T* y, T* logdet, const LawPar
 
 template <Law L, Form F, bool Inverse, class T>
 void affine_lanes_backward(const T* grad_y, const T* grad_logdet, const T* x, const T* parameters, T* grad_x,
-                           T* grad_parameters, const LawParameters<T>& law) {
+                           T* grad_parameters, const Transform<T>& t) {
   for (int i = 0; i < kLanes; ++i) {
     const AffineGradient<T> g = affine_backward<L, F, Inverse>(grad_y[i], grad_logdet[i], x[i], parameters[i],
-                                                              parameters[kLanes + i], law);
+                                                              parameters[kLanes + i], t.law);
     grad_x[i] = g.x;
     grad_parameters[i] = g.shift;
     grad_parameters[kLanes + i] = g.u;
@@ -268,7 +268,7 @@ void maf_forward(const MafCall<T>& call, int64_t begin, int64_t end) {
     if (!call.first) load_lanes(tile, logdet, call.logdet, 1);
     for (int64_t f = 0; f < features; ++f) {
       call.transform.forward(tile.inputs + f * kLanes, theta + f * net.parameters * kLanes, y, logdet,
-                             call.transform.law);
+                             call.transform);
       store_lanes(tile, call.output + net.input_perm[f], features, y);
     }
     store_lanes(tile, call.logdet, 1, logdet);
@@ -292,7 +292,7 @@ void maf_inverse(const MafCall<T>& call, int64_t begin, int64_t end) {
       for (int64_t f = r0 / per; f < r1 / per; ++f) {
         T *x = tile.inputs + f * kLanes, *z = noise + f * kLanes;
         load_lanes(tile, z, call.input + net.input_perm[f], features);
-        call.transform.forward(z, theta + f * per * kLanes, x, logdet, call.transform.law);
+        call.transform.forward(z, theta + f * per * kLanes, x, logdet, call.transform);
         store_lanes(tile, call.output + net.input_perm[f], features, x);
       }
     });
@@ -339,7 +339,7 @@ void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
     for (int64_t f = 0; f < features; ++f) {
       load_lanes(tile, grad_y, call.input + net.input_perm[f], features);
       call.transform.backward(grad_y, grad_logdet, stage.held_input(f), stage.held_parameters(f),
-                              memory.direct + f * kLanes, memory.grads, call.transform.law);
+                              memory.direct + f * kLanes, memory.grads, call.transform);
       store_reversed(tile.inputs + (features - 1 - f) * per * kLanes, per, memory.grads);
     }
     run_dense(tile, stage);
@@ -372,7 +372,7 @@ void maf_inverse_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
         const T* through = tile.output[tile.net.layers - 1] + r * kLanes;
         for (int i = 0; i < kLanes; ++i) grad_x[i] += through[i];
         call.transform.backward(grad_x, grad_logdet, stage.held_noise(f), stage.held_parameters(f), grad_z, memory.grads,
-                                call.transform.law);
+                                call.transform);
         store_reversed(tile.inputs + r * per * kLanes, per, memory.grads);
         store_lanes(tile, call.output + net.input_perm[f], features, grad_z);
       }

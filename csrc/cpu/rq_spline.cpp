@@ -1,8 +1,8 @@
 // rq_spline on the CPU: y and the log-det of a rational-quadratic spline, one pass over memory, and its backward.
 #include "cpu/tensor.h"
 
-#include "common/rq_spline.h"
 #include "cpu/elements.h"
+#include "cpu/transform.h"
 
 namespace fk {
 
@@ -16,8 +16,7 @@ struct SplineArguments {
   ElementView<T> y, grad_x, grad_parameters;
   T* logdet = nullptr;
   int64_t features = 0, count = 0;
-  SplineOptions<T> spline{};
-  bool inverse = false;
+  Transform<T> transform;
 };
 
 }  // namespace fk
@@ -28,18 +27,27 @@ struct SplineArguments {
 namespace fk {
 
 template <class T>
+void bind_spline(Transform<T>& t, int64_t bins, int64_t style, const double* numbers, bool inverse) {
+  STD_TORCH_CHECK(bins >= 2 && bins <= kMaxBins, "bins must be 2 to ", kMaxBins, ", got ", bins);
+  t.spline = spline_options_of<T>(bins, style, numbers);
+  FK_BEST(bind_spline<T>)(t, inverse);
+}
+
+template void bind_spline(Transform<float>&, int64_t, int64_t, const double*, bool);
+template void bind_spline(Transform<double>&, int64_t, int64_t, const double*, bool);
+
+template <class T>
 SplineArguments<T> spline_arguments(const Tensor& x, const Tensor& parameters, int64_t bins, int64_t style,
                                     const std::vector<double>& numbers, bool inverse) {
   STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3, "expected x (N, D) and parameters (N, D, P)");
-  STD_TORCH_CHECK(bins >= 2 && bins <= kMaxBins && parameters.size(2) == 3 * bins - 1, "parameters must have ",
-                  3 * bins - 1, " numbers per feature, got ", parameters.size(2));
+  STD_TORCH_CHECK(parameters.size(2) == 3 * bins - 1, "parameters must have ", 3 * bins - 1,
+                  " numbers per feature, got ", parameters.size(2));
   SplineArguments<T> a;
   a.x = element_view<T>(x);
   a.parameters = element_view<T>(parameters);
   a.features = x.size(1);
   a.count = parameters.size(2);
-  a.spline = spline_options_of<T>(bins, style, numbers);
-  a.inverse = inverse;
+  bind_spline(a.transform, bins, style, numbers.data(), inverse);
   return a;
 }
 
@@ -58,7 +66,7 @@ std::tuple<Tensor, Tensor> rq_spline(const Tensor& x, const Tensor& parameters, 
     a.logdet = static_cast<T*>(total.mutable_data_ptr());
     if (a.features == 0) return only_running<T>(running, total);
     torch::stable::parallel_for(0, x.size(0), spline_grain(x, bins), [&](int64_t begin, int64_t end) {
-      FK_BEST(rq_spline<T, false>)(a, begin, end);
+      FK_BEST(rq_spline<T>)(a, begin, end);
     });
   });
   return {y, total};
@@ -78,7 +86,7 @@ std::tuple<Tensor, Tensor> rq_spline_backward(const Tensor& grad_y, const Tensor
     a.grad_parameters = mutable_element_view<T>(grad_parameters);
     if (a.features == 0) return;
     torch::stable::parallel_for(0, x.size(0), spline_grain(x, bins), [&](int64_t begin, int64_t end) {
-      FK_BEST(rq_spline<T, true>)(a, begin, end);
+      FK_BEST(rq_spline_backward<T>)(a, begin, end);
     });
   });
   return {grad_x, grad_parameters};

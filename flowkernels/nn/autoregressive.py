@@ -1,22 +1,24 @@
-"""The affine autoregressive layer: a MADE and the transform that it parametrises."""
+"""The autoregressive layer: a MADE and the transform that it parametrises."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowkernels.nn.made import MADE
 from flowkernels.ops.maf import Step, run_chain
-from flowkernels.scales import ScaleLaw, as_law
+from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline, as_transform, identity_parameters
 
 
 class AutoregressiveTransform(nn.Module):
-    """x -> z with ``z_i = affine(x_i; MADE(x_<i))`` and back.
+    """x -> z with ``z_i = transform(x_i; MADE(x_<i))`` and back.
 
     Args:
         features, hidden_features and the keywords that `MADE` takes.
-        law, form: the affine transform, see `flowkernels.ops.affine_coupling`.
+        law, form: the affine transform, see `flowkernels.ops.affine_coupling`; or an `RQSpline` as law.
         flipped: the sequential direction is x -> z instead of z -> x: an IAF.
     """
 
@@ -24,14 +26,21 @@ class AutoregressiveTransform(nn.Module):
         self,
         features: int,
         *args: Any,
-        law: str | ScaleLaw = "softplus",
+        law: str | ScaleLaw | RQSpline = "softplus",
         form: str = "scale_shift",
         flipped: bool = False,
         **keywords: Any,
     ) -> None:
         super().__init__()
+        transform = as_transform(law)
+        if isinstance(transform, RQSpline):
+            keywords |= {"params_per_feature": transform.params_per_feature, "parameter_names": transform.parameter_names}
         self.conditioner = MADE(features, *args, **keywords)
-        self.law, self.form, self.flipped = as_law(law), form, flipped
+        self.law, self.form, self.flipped = transform, form, flipped
+        if isinstance(transform, RQSpline):
+            with torch.no_grad():
+                bias: Tensor = self.conditioner.layers[-1].bias  # type: ignore[assignment]
+                bias.add_(identity_parameters(transform).repeat(features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z, logdet): the density direction."""

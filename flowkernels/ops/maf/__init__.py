@@ -14,7 +14,8 @@ from flowkernels.ops.maf import reference
 from flowkernels.ops.maf.autograd import Maf, maf_op
 from flowkernels.ops.maf.pack import packed_weights
 from flowkernels.plan import Plan
-from flowkernels.scales import FORMS, ScaleLaw, as_law
+from flowkernels.scales import FORMS, ScaleLaw
+from flowkernels.transforms import RQSpline, as_transform, code_and_numbers
 
 __all__ = ["Step", "maf_forward", "maf_inverse", "run_chain"]
 
@@ -25,7 +26,7 @@ def maf_forward(
     parameters: Sequence[Tensor],
     *,
     context: Tensor | None = None,
-    law: str | ScaleLaw = "softplus",
+    law: str | ScaleLaw | RQSpline = "softplus",
     form: str = "scale_shift",
 ) -> tuple[Tensor, Tensor]:
     r"""Density direction x -> z of a masked autoregressive transform, and its log-det, in one pass.
@@ -39,7 +40,8 @@ def maf_forward(
         parameters: ``weight_0, bias_0, weight_1, bias_1, ...``: dense weights (out, in) and biases (out,); masked weights are
             never used, and their gradient is zero.
         context: (N, plan.context_width), the terms added to the pre-activations of the layers ``plan.context``, side by side.
-        law, form: see `affine_coupling`.
+        law, form: see `affine_coupling`. An `RQSpline` in place of the law makes the transform a rational-quadratic spline; the
+            plan then has its ``parameter_names`` (`flowkernels.transforms.RQSpline`).
 
     Returns:
         z (N, D) and logdet (N,) in nats, differentiable once with respect to x, context and every parameter.
@@ -49,7 +51,7 @@ def maf_forward(
 
     Source: Papamakarios et al. 2017, arXiv:1705.07057; masks: Germain et al. 2015, arXiv:1502.03509.
     """
-    law = as_law(law)
+    law = _as_transform(law)
     _check("x", x, plan, parameters, context, law, form)
     return run_chain(x, [Step(plan, parameters, context, law, form, False)])
 
@@ -60,7 +62,7 @@ def maf_inverse(
     parameters: Sequence[Tensor],
     *,
     context: Tensor | None = None,
-    law: str | ScaleLaw = "softplus",
+    law: str | ScaleLaw | RQSpline = "softplus",
     form: str = "scale_shift",
 ) -> tuple[Tensor, Tensor]:
     r"""Sampling direction z -> x: the exact inverse of `maf_forward`, and its log-det (the negative of the forward one).
@@ -71,7 +73,7 @@ def maf_inverse(
 
     Arguments, returns and errors are those of `maf_forward`, with z (N, D) in place of x.
     """
-    law = as_law(law)
+    law = _as_transform(law)
     _check("z", z, plan, parameters, context, law, form)
     return run_chain(z, [Step(plan, parameters, context, law, form, True)])
 
@@ -82,7 +84,7 @@ class Step(NamedTuple):
     plan: Plan
     parameters: Sequence[Tensor]
     context: Tensor | None
-    law: ScaleLaw
+    law: ScaleLaw | RQSpline
     form: str
     inverse: bool
 
@@ -109,8 +111,9 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
     for plan, parameters, context, law, form, inverse in steps:
         packed.append(packed_weights(plan, parameters))
         tables.append(plan.tables(device)[0])
-        codes += (law.code, FORMS.index(form), inverse, plan.saved_rows[inverse] if grad else 0)
-        numbers += law.numbers
+        code, described = code_and_numbers(law)
+        codes += (code, FORMS.index(form), inverse, plan.saved_rows[inverse] if grad else 0)
+        numbers += described
         if with_context:
             contexts.append(x.new_empty(x.shape[0], 0) if context is None else context.to(dtype))
     if not grad:
@@ -144,8 +147,15 @@ def _reference_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
     return x, total
 
 
+def _as_transform(law: Any) -> ScaleLaw | RQSpline:
+    transform = as_transform(law)
+    if not isinstance(transform, (ScaleLaw, RQSpline)):
+        raise TypeError(f"law must be a scale law or an RQSpline, got {type(transform).__name__}")
+    return transform
+
+
 def _check(
-    name: str, x: Any, plan: Any, parameters: Sequence[Tensor], context: Any, law: ScaleLaw, form: str
+    name: str, x: Any, plan: Any, parameters: Sequence[Tensor], context: Any, law: ScaleLaw | RQSpline, form: str
 ) -> None:
     check_float_tensor(name, x)
     if not isinstance(plan, Plan):
@@ -172,6 +182,15 @@ def _check(
         check_float_tensor("context", context, like=x, like_name=name)
         check_shape("context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width")
     check_choice("form", form, FORMS)
+    if isinstance(law, RQSpline):
+        if form != "scale_shift":
+            raise ValueError(f"form must be left as it is for a spline, got {form!r}")
+        if len(plan.parameters) != law.params_per_feature:
+            raise ValueError(
+                f"plan must have {law.params_per_feature} parameters per feature for a spline of {law.bins} bins, "
+                f"got {len(plan.parameters)}"
+            )
+        return
     if form == "gate" and law.name != "sigmoid":
         raise ValueError(f"form 'gate' needs law 'sigmoid', got {law.name!r}")
     if sorted(plan.parameters) != ["scale", "shift"]:

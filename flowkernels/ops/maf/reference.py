@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.rq_spline.reference import rq_spline
 from flowkernels.scales import FORMS, ScaleLaw
+from flowkernels.transforms import RQSpline
 
 if TYPE_CHECKING:
     from flowkernels.plan import Plan
@@ -52,21 +54,23 @@ def conditioner(x: Tensor, plan: Plan, parameters: Sequence[Tensor], context: Te
 
 
 def transform(
-    x: Tensor, theta: Tensor, plan: Plan, law: ScaleLaw, form: str, inverse: bool
+    x: Tensor, theta: Tensor, plan: Plan, law: ScaleLaw | RQSpline, form: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(law, RQSpline):
+        return rq_spline(x, theta, None, law.bins, law.code, law.numbers, inverse)
     shift = theta[..., plan.parameters.index("shift")]
     scale = theta[..., plan.parameters.index("scale")]
     return affine.affine_coupling(x, shift, scale, None, None, law.code, law.numbers, FORMS.index(form), inverse)
 
 
 def maf_forward(
-    x: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw, form: str
+    x: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw | RQSpline, form: str
 ) -> tuple[Tensor, Tensor]:
     return transform(x, conditioner(x, plan, parameters, context), plan, law, form, False)
 
 
 def maf_inverse(
-    z: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw, form: str
+    z: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw | RQSpline, form: str
 ) -> tuple[Tensor, Tensor]:
     """After pass s the features of steps 0..s are right; the rest is not yet, but nothing right depends on it."""
     x = torch.zeros_like(z)
