@@ -7,6 +7,8 @@ from flowkernels.models.coupling import NICE as NICE
 from flowkernels.models.coupling import CouplingFlow as CouplingFlow
 from flowkernels.models.coupling import CouplingNSF as CouplingNSF
 from flowkernels.models.coupling import RealNVP as RealNVP
+from flowkernels.models.dequantized import DequantizedFlow as DequantizedFlow
+from flowkernels.models.dequantized import VariationalNoise as VariationalNoise
 from flowkernels.models.discrete_vae import DiscreteVAE as DiscreteVAE
 from flowkernels.models.flow import Flow as Flow
 from flowkernels.models.gaussian_mixture import GaussianMixture as GaussianMixture

@@ -1,6 +1,9 @@
 """The operators. Each has one folder here: reference.py (the truth), autograd.py, and its public face."""
 
 from flowkernels.ops.affine_coupling import affine_coupling as affine_coupling
+from flowkernels.ops.dequantize import bits_per_dim as bits_per_dim
+from flowkernels.ops.dequantize import dequantize as dequantize
+from flowkernels.ops.discretized_logistic_mixture import discretized_logistic_mixture as discretized_logistic_mixture
 from flowkernels.ops.gumbel_argmax import gumbel_argmax as gumbel_argmax
 from flowkernels.ops.gumbel_softmax import gumbel_softmax as gumbel_softmax
 from flowkernels.ops.logistic_mixture import logistic_mixture as logistic_mixture

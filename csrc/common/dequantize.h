@@ -1,0 +1,26 @@
+// From grey levels to a continuous number, of one element: p = margin + (1 - 2 margin) (x + noise) / levels, and the logit of it.
+#pragma once
+#include "common/math.h"
+
+namespace fk {
+
+template <class T>
+struct Dequantization {
+  T levels, margin, log_slope;  // log_slope = log of dp / dx
+};
+
+template <class T>
+struct Dequantized {
+  T y, logdet;
+};
+
+// logit(p) and log(dy/dx) = log(dp/dx) - log p - log(1 - p). 1 - p comes from the other side, so nothing cancels near 1.
+template <class T>
+FK_INLINE Dequantized<T> dequantize_logit(T x, T noise, const Dequantization<T>& d) {
+  const T scale = (T(1) - T(2) * d.margin) / d.levels;
+  const T below = math::log(d.margin + scale * (x + noise));
+  const T above = math::log(d.margin + scale * ((d.levels - T(1) - x) + (T(1) - noise)));
+  return {below - above, d.log_slope - below - above};
+}
+
+}  // namespace fk

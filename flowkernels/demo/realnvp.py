@@ -1,0 +1,15 @@
+"""RealNVP: checkerboard and channel couplings at two scales."""
+
+from __future__ import annotations
+
+from flowkernels.demo import density
+from flowkernels.demo.common import SIDE, Options
+from flowkernels.models import ImageRealNVP
+
+
+def build(quick: bool) -> ImageRealNVP:
+    return ImageRealNVP((1, SIDE, SIDE), 8 if quick else 32, 1, levels=2, couplings=2 if quick else 3)
+
+
+def run(options: Options) -> None:
+    density.run(density.Demo("realnvp", build, training={"epochs": 60, "lr": 3e-3, "weight_decay": 1e-2}), options)
