@@ -108,6 +108,43 @@ TARGETS = (
         "torch.compile",
         2,
     ),
+    Target(
+        "rational-quadratic spline K=8, 4096×64, forward",
+        "rq_spline / forward / style=nflows K=8 N=4096 D=64",
+        "nflows",
+        8,
+    ),
+    Target(
+        "rational-quadratic spline K=8, 4096×64, forward",
+        "rq_spline / forward / style=zuko K=8 N=4096 D=64",
+        "zuko",
+        2,
+    ),
+    Target(
+        "rational-quadratic spline K=8, 4096×64, inverse",
+        "rq_spline / inverse / style=nflows K=8 N=4096 D=64",
+        "nflows",
+        8,
+    ),
+    Target(
+        "rational-quadratic spline K=8, 4096×64, inverse",
+        "rq_spline / inverse / style=zuko K=8 N=4096 D=64",
+        "zuko",
+        2,
+    ),
+    Target(
+        "mixture of logistics K=8, 4096×64, forward",
+        "logistic_mixture / forward / K=8 N=4096 D=64",
+        "PyTorch",
+        4,
+    ),
+    Target(
+        "mixture of logistics K=8, 4096×64, inverse",
+        "logistic_mixture / inverse / K=8 N=4096 D=64",
+        "PyTorch",
+        20,
+    ),
+    Target("dequantize, 65536×256", "dequantize / noise drawn / N=65536 D=256", "PyTorch", 5),
     Target("Gumbel-softmax, 65536×256", "gumbel_softmax / forward / N=65536 D=256", "PyTorch", 10),
     Target("Gumbel-softmax, 65536×256", "gumbel_softmax / forward / N=65536 D=256", "torch.compile", 3.5),
 )

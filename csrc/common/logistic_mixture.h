@@ -23,50 +23,65 @@ struct MixtureOptions {
 template <class T, int Lanes>
 struct MixtureWork {
   alignas(64) T inverse_scale[kMaxComponents * Lanes];
-  alignas(64) T m[Lanes], log_slope[Lanes];                      // the transform and the logarithm of its derivative
-  alignas(64) T below[Lanes], above[Lanes], density[Lanes];      // log P, log Q and log of the density, pi not normalised
-  alignas(64) T log_total[Lanes];                                // log of the sum of pi
+  alignas(64) T m[Lanes], log_slope[Lanes];  // the transform and the logarithm of its derivative
+  // P, Q and the density, pi not normalised: the logarithm of the largest term, and the sum relative to it.
+  alignas(64) T most_below[Lanes], most_above[Lanes], most_density[Lanes], below[Lanes], above[Lanes], density[Lanes];
 };
+
+// What one component adds to the three sums, relative to their largest terms, and sigmoid(v), sigmoid(-v).
+template <class T>
+struct MixtureTerms {
+  T v, up, down, below, above, density;
+};
+
+template <int Lanes, class T>
+FK_INLINE MixtureTerms<T> mixture_terms(T x, T logit, T mean, T log_scale, T inverse_scale, const MixtureWork<T, Lanes>& w,
+                                        int i) {
+  const T v = (x - mean) * inverse_scale, e = math::exp(-math::abs(v)), c = T(1) / (T(1) + e);
+  return {v,
+          v >= T(0) ? c : e * c,
+          v >= T(0) ? e * c : c,
+          math::exp(logit + math::min(T(0), v) - w.most_below[i]) * c,
+          math::exp(logit - math::max(T(0), v) - w.most_above[i]) * c,
+          math::exp(logit - math::abs(v) - log_scale - w.most_density[i]) * (c * c)};
+}
 
 // The sums at x.
 template <int Lanes, class T>
 FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* log_scales, const MixtureOptions<T>& o,
                           MixtureWork<T, Lanes>& w) {
-  alignas(64) T most_below[Lanes], most_above[Lanes], most_density[Lanes], below[Lanes], above[Lanes], density[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
-    most_below[i] = most_above[i] = most_density[i] = -std::numeric_limits<T>::infinity();
-    below[i] = above[i] = density[i] = T(0);
+    w.most_below[i] = w.most_above[i] = w.most_density[i] = -std::numeric_limits<T>::infinity();
+    w.below[i] = w.above[i] = w.density[i] = T(0);
   }
   for (int k = 0; k < o.components; ++k)
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const T v = (x[i] - means[k * Lanes + i]) * w.inverse_scale[k * Lanes + i], l = logits[k * Lanes + i];
-      most_below[i] = math::max(most_below[i], l + math::min(T(0), v));
-      most_above[i] = math::max(most_above[i], l - math::max(T(0), v));
-      most_density[i] =
-          math::max(most_density[i], l - math::abs(v) - math::max(o.min_log_scale, log_scales[k * Lanes + i]));
+      w.most_below[i] = math::max(w.most_below[i], l + math::min(T(0), v));
+      w.most_above[i] = math::max(w.most_above[i], l - math::max(T(0), v));
+      w.most_density[i] =
+          math::max(w.most_density[i], l - math::abs(v) - math::max(o.min_log_scale, log_scales[k * Lanes + i]));
     }
   for (int k = 0; k < o.components; ++k)
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
-      const T v = (x[i] - means[k * Lanes + i]) * w.inverse_scale[k * Lanes + i], l = logits[k * Lanes + i];
-      const T c = T(1) / (T(1) + math::exp(-math::abs(v)));
-      below[i] += math::exp(l + math::min(T(0), v) - most_below[i]) * c;
-      above[i] += math::exp(l - math::max(T(0), v) - most_above[i]) * c;
-      density[i] += math::exp(l - math::abs(v) - math::max(o.min_log_scale, log_scales[k * Lanes + i]) - most_density[i]) *
-                    (c * c);
+      const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
+                                              math::max(o.min_log_scale, log_scales[k * Lanes + i]),
+                                              w.inverse_scale[k * Lanes + i], w, i);
+      w.below[i] += t.below;
+      w.above[i] += t.above;
+      w.density[i] += t.density;
     }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
-    w.below[i] = most_below[i] + math::log(below[i]);
-    w.above[i] = most_above[i] + math::log(above[i]);
-    w.density[i] = most_density[i] + math::log(density[i]);
-    const T larger = math::max(w.below[i], w.above[i]), smaller = math::min(w.below[i], w.above[i]);
-    w.log_total[i] = larger + math::log1p(math::exp(smaller - larger));
-    w.m[i] = w.below[i] - w.above[i];
-    // The first difference is of like numbers, the second is at most 0.
-    w.log_slope[i] = (w.density[i] - smaller) + (w.log_total[i] - larger);
+    const T below = w.most_below[i] + math::log(w.below[i]), above = w.most_above[i] + math::log(w.above[i]);
+    const T density = w.most_density[i] + math::log(w.density[i]);
+    const T larger = math::max(below, above), smaller = math::min(below, above);
+    w.m[i] = below - above;
+    // The first difference is of like numbers, the second the logarithm of a normalised probability above 1/2.
+    w.log_slope[i] = (density - smaller) + math::log1p(math::exp(smaller - larger));
   }
 }
 
@@ -186,7 +201,7 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
     *g_means = g_logits + K * Lanes, *g_log_scales = g_means + K * Lanes;
   mixture_scales(log_scales, o, w);
   mixture_at(x, logits, means, log_scales, o, w);
-  alignas(64) T gm[Lanes], gl[Lanes], gx[Lanes], rate[Lanes];
+  alignas(64) T gm[Lanes], gl[Lanes], gx[Lanes], rate[Lanes], above[Lanes];
   if constexpr (Inverse) {
     // d log slope / dx first: the total derivative of the outputs along x.
     FK_SIMD
@@ -194,12 +209,11 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
     for (int k = 0; k < K; ++k)
       FK_SIMD
       for (int i = 0; i < Lanes; ++i) {
-        const T inv = w.inverse_scale[k * Lanes + i], v = (x[i] - means[k * Lanes + i]) * inv, l = logits[k * Lanes + i];
-        const T e = math::exp(-math::abs(v)), c = T(1) / (T(1) + e);
-        const T up = v >= T(0) ? c : e * c, down = v >= T(0) ? e * c : c;  // sigmoid(v), sigmoid(-v)
-        const T p = math::exp(l + math::min(T(0), v) - w.below[i]) * c, q = math::exp(l - math::max(T(0), v) - w.above[i]) * c;
-        const T r = math::exp(l - math::abs(v) - w.density[i]) * (c * c * inv);
-        rate[i] += inv * (r * (down - up) - p * down + q * up);
+        const T inv = w.inverse_scale[k * Lanes + i];
+        const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
+                                                math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
+        const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
+        rate[i] += inv * ((q - r) * t.up - (p - r) * t.down);
       }
   }
   FK_SIMD
@@ -221,21 +235,21 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
       g_scale[i] = (gm[i] * w.m[i] + gl[i]) * slope;
     }
     gx[i] = T(0);
+    above[i] = math::sigmoid(-w.m[i]);
   }
   for (int k = 0; k < K; ++k)
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
-      const T inv = w.inverse_scale[k * Lanes + i], v = (x[i] - means[k * Lanes + i]) * inv, l = logits[k * Lanes + i];
-      const T e = math::exp(-math::abs(v)), c = T(1) / (T(1) + e);
-      const T up = v >= T(0) ? c : e * c, down = v >= T(0) ? e * c : c;
-      // Shares of the component in P, Q, the density and pi.
-      const T p = math::exp(l + math::min(T(0), v) - w.below[i]) * c, q = math::exp(l - math::max(T(0), v) - w.above[i]) * c;
-      const T r = math::exp(l - math::abs(v) - w.density[i]) * (c * c * inv), pi = math::exp(l - w.log_total[i]);
-      const T a = (gm[i] - gl[i]) * (p * down) + (gm[i] + gl[i]) * (q * up) + gl[i] * (r * (down - up));
+      const T inv = w.inverse_scale[k * Lanes + i];
+      const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
+                                              math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
+      // Shares of the component in P, Q and the density; its weight is p P + q Q, which makes pi - p = Q (q - p).
+      const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
+      const T a = gm[i] * (p * t.down + q * t.up) + gl[i] * ((q - r) * t.up - (p - r) * t.down);
       gx[i] += a * inv;
       g_means[k * Lanes + i] = -a * inv;
-      g_logits[k * Lanes + i] = gm[i] * (p - q) + gl[i] * (r - p - q + pi);
-      g_log_scales[k * Lanes + i] = log_scales[k * Lanes + i] < o.min_log_scale ? T(0) : -a * v - gl[i] * r;
+      g_logits[k * Lanes + i] = gm[i] * (p - q) + gl[i] * ((r - q) + above[i] * (q - p));
+      g_log_scales[k * Lanes + i] = log_scales[k * Lanes + i] < o.min_log_scale ? T(0) : -a * t.v - gl[i] * r;
     }
   if constexpr (!Inverse) {
     FK_SIMD

@@ -155,12 +155,14 @@ FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOption
   const int bins = o.bins;
   spline_exponentials<S>(parameters, o.min_width, o, s.x);
   spline_exponentials<S>(parameters + bins * Lanes, o.min_height, o, s.y);
-  alignas(64) T position[Lanes];
-  const T to_unit = T(0.5) / o.bound;
+  // position + rest = x / (2 bound), both parts: a small bin would show the rounding of the quotient.
+  alignas(64) T position[Lanes], rest[Lanes];
+  const T length = T(2) * o.bound;
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
-    const T unit = math::min(T(0.5), math::max(T(-0.5), x[i] * to_unit));
-    position[i] = spline_inside(x[i], o) ? unit : T(0);
+    const T inside = spline_inside(x[i], o) ? x[i] : T(0);
+    position[i] = inside / length;
+    rest[i] = (inside - position[i] * length) / length;
   }
   if constexpr (Inverse) {
     spline_find<true>(position, o.min_height, bins, s.y, s.bin);
@@ -190,13 +192,13 @@ FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOption
     T theta;
     if constexpr (Inverse) {
       const T d0 = s.d0[i], d1 = s.d1[i], slope = s.y.size[i] / s.x.size[i];
-      const T eta = math::min(T(1), math::max(T(0), ((position[i] - s.y.start[i]) - s.y.rest[i]) / s.y.size[i]));
+      const T eta = math::min(T(1), math::max(T(0), ((position[i] - s.y.start[i]) + (rest[i] - s.y.rest[i])) / s.y.size[i]));
       const T m = d0 * (T(1) - eta) - d1 * eta, b = m + T(2) * slope * eta;
       const T root = std::sqrt(m * m + T(4) * (slope * eta) * (slope * (T(1) - eta)));
       const T sum = math::abs(b) + root;
       theta = b >= T(0) ? T(2) * slope * eta / sum : sum / (T(2) * (slope + math::abs(b)));
     } else {
-      theta = ((position[i] - s.x.start[i]) - s.x.rest[i]) / s.x.size[i];
+      theta = ((position[i] - s.x.start[i]) + (rest[i] - s.x.rest[i])) / s.x.size[i];
     }
     s.theta[i] = math::min(T(1), math::max(T(0), theta));
   }
@@ -263,15 +265,17 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
     // d log slope / d theta
     const T l_theta = T(2) * (d1 * theta + s * turn - d0 * rest) * inv_n - T(2) * bend * turn * inv;
     const bool inside = spline_inside(x[i], o);
-    T gy = inside ? grad_y[i] * length : T(0), gl = inside ? grad_logdet[i] : T(0), gu;
+    T gy = inside ? grad_y[i] * length : T(0), gl = inside ? grad_logdet[i] : T(0), per_width;
     if constexpr (Inverse) {
-      gu = (gy - gl * l_theta / w.x.size[i]) / slope;
+      const T gu = (gy - gl * l_theta / w.x.size[i]) / slope;
       grad_x[i] = inside ? gu / length : grad_y[i];
+      per_width = -gy;  // what the line of the forward direction comes to, without its cancellation
       gy = -gu;
       gl = -gl;
+    } else {
+      per_width = gy * slope + gl * l_theta / w.x.size[i];
+      grad_x[i] = inside ? per_width / length : grad_y[i];
     }
-    const T g_theta = gy * slope * w.x.size[i] + gl * l_theta, per_width = g_theta / w.x.size[i];
-    if constexpr (!Inverse) grad_x[i] = inside ? per_width / length : grad_y[i];
     const T gr = gy * w.y.size[i];
     const T gs = gr * (theta * theta - ratio * (T(1) - T(2) * t)) * inv +
                  gl * (T(2) / s + T(2) * t * inv_n - T(2) * (T(1) - T(2) * t) * inv);

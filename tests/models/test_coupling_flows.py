@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowkernels import models, testing
 from flowkernels.models import Flow
-from flowkernels.nn import AutoregressiveTransform, CouplingTransform, MLP
+from flowkernels.nn import MLP, AutoregressiveTransform, CouplingTransform
 from flowkernels.nn.masks import half_mask
 from flowkernels.transforms import RQSpline
 

@@ -134,7 +134,7 @@ def test_against_differences_of_the_distribution_function() -> None:
     theta = testing.random_tensor((5, 9), torch.float64)
     logits, means, log_scales = theta.chunk(3, -1)
     x = levels_of((5,), 16)
-    v, half = 2 * x[:, None] / 15 - 1, 1 / 15
+    v, half = 2 * x.double()[:, None] / 15 - 1, 1 / 15
 
     def distribution(at: Tensor) -> Tensor:
         return (logits.softmax(-1) * torch.sigmoid((at - means) / log_scales.exp())).sum(-1)
