@@ -18,37 +18,38 @@ inline constexpr int kVectors = kLanes * sizeof(T) / FK_VECTOR_BYTES;  // regist
 template <class T>
 inline constexpr int kRows = FK_VECTOR_BYTES == 64 ? 16 / kVectors<T> : (8 / kVectors<T> > 0 ? 8 / kVectors<T> : 1);
 
+// Columns are summed in slices that are then added up: one long chain of additions would round off several times more.
+inline constexpr int64_t kSlice = 64;
+
 template <int Rows, class T>
 void multiply_add(T* acc, const T* weight, int64_t height, const T* a, int64_t columns) {
   using Vector = typename VectorOf<T>::type;
   constexpr int V = kVectors<T>, per = kLanes / V;
   // Few rows are few chains of dependent additions: split the columns over more accumulators to hide the latency.
   constexpr int Split = Rows * V >= 4 ? 1 : 4 / (Rows * V);
-  Vector sum[Split][Rows][V];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < V; ++v) {
-      sum[0][r][v] = *reinterpret_cast<const Vector*>(acc + r * kLanes + v * per);
-      for (int s = 1; s < Split; ++s) sum[s][r][v] = Vector{};
-    }
-  int64_t k = 0;
-  for (; k + Split <= columns; k += Split)
-    for (int s = 0; s < Split; ++s) {
-      Vector x[V];
-      for (int v = 0; v < V; ++v) x[v] = *reinterpret_cast<const Vector*>(a + (k + s) * kLanes + v * per);
+  for (int64_t begin = 0; begin < columns; begin += kSlice) {
+    const int64_t end = std::min(columns, begin + kSlice);
+    Vector sum[Split][Rows][V] = {};
+    int64_t k = begin;
+    for (; k + Split <= end; k += Split)
+      for (int s = 0; s < Split; ++s) {
+        Vector x[V];
+        for (int v = 0; v < V; ++v) x[v] = *reinterpret_cast<const Vector*>(a + (k + s) * kLanes + v * per);
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < V; ++v) sum[s][r][v] += weight[(k + s) * height + r] * x[v];
-    }
-  if constexpr (Split > 1)
-    for (; k < columns; ++k)
-      for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < V; ++v)
-          sum[0][r][v] += weight[k * height + r] * *reinterpret_cast<const Vector*>(a + k * kLanes + v * per);
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < V; ++v) {
-      for (int s = 1; s < Split; ++s) sum[0][r][v] += sum[s][r][v];
-      *reinterpret_cast<Vector*>(acc + r * kLanes + v * per) = sum[0][r][v];
-    }
+        for (int r = 0; r < Rows; ++r)
+          for (int v = 0; v < V; ++v) sum[s][r][v] += weight[(k + s) * height + r] * x[v];
+      }
+    if constexpr (Split > 1)
+      for (; k < end; ++k)
+        for (int r = 0; r < Rows; ++r)
+          for (int v = 0; v < V; ++v)
+            sum[0][r][v] += weight[k * height + r] * *reinterpret_cast<const Vector*>(a + k * kLanes + v * per);
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < V; ++v) {
+        for (int s = 1; s < Split; ++s) sum[0][r][v] += sum[s][r][v];
+        *reinterpret_cast<Vector*>(acc + r * kLanes + v * per) += sum[0][r][v];
+      }
+  }
 }
 
 template <int Rows, class T>
