@@ -178,8 +178,8 @@ def _speedup(document: Mapping[str, Any], pyplot: Any) -> Any:
         ticks.append(at + (len(others) - 1) / 2)
         labels.append(f"{record['op']}: {record['what']}\n{_size(record)}")
         for v in others:
-            bar = axes.barh(at, v["ours_faster"], left=0, height=0.85, color=COLOURS.get(v["name"], "#b5a642"))
-            axes.text(v["ours_faster"] * 1.05, at, show.times(v["ours_faster"]), va="center", fontsize=6)
+            bar = axes.barh(at, v["ours_faster"] - 1, left=1, height=0.85, color=COLOURS.get(v["name"], "#b5a642"))
+            axes.text(max(v["ours_faster"], 1) * 1.05, at, show.times(v["ours_faster"]), va="center", fontsize=6)
             seen.setdefault(v["name"], bar)
             at += 1
         at += 1
@@ -188,7 +188,9 @@ def _speedup(document: Mapping[str, Any], pyplot: Any) -> Any:
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("flowkernels is so many times faster")
-    axes.legend(seen.values(), seen.keys(), fontsize=7, loc="lower right")
+    axes.legend(seen.values(), seen.keys(), fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1), ncol=4)
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_minor_formatter("")
     axes.set_ylim(at - 0.5, -1)
     return figure
 
@@ -239,5 +241,5 @@ def _ceiling(document: Mapping[str, Any], pyplot: Any) -> Any:
     axes.set_xlabel(
         "fraction of this machine's ceiling (copy or GEMM, whichever binds); above 1: the data stays in the caches"
     )
-    axes.legend(names.values(), names.keys(), fontsize=7, loc="lower left")
+    axes.legend(names.values(), names.keys(), fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1), ncol=4)
     return figure
