@@ -8,11 +8,11 @@ template <class T>
 struct ArgmaxArguments {
   View<const T> logits, grad;
   View<const int64_t> index_in;
-  const T* logsumexp_in = nullptr;
+  const T* normaliser_in = nullptr;
   int64_t classes = 0, samples = 0;
   RandomStream stream;
   int64_t* index = nullptr;
-  T *log_prob = nullptr, *logsumexp = nullptr;
+  T *log_prob = nullptr, *normaliser = nullptr;
   View<T> grad_logits;
 };
 
@@ -26,8 +26,8 @@ namespace fk {
 std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Tensor& seed, int64_t stream,
                                                  int64_t samples) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long),
-         log_prob = new_output(logits, {rows, samples}), logsumexp = new_empty(logits, {rows});
+  Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long), log_prob = new_output(logits, {rows, samples}),
+         normaliser = new_empty(logits, {rows, 2});
   dispatch_float(logits, [&]<class T>() {
     ArgmaxArguments<T> a;
     a.logits = view<T>(logits);
@@ -36,31 +36,28 @@ std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Ten
     a.stream = stream_of(seed, stream);
     a.index = static_cast<int64_t*>(index.mutable_data_ptr());
     a.log_prob = static_cast<T*>(log_prob.mutable_data_ptr());
-    a.logsumexp = static_cast<T*>(logsumexp.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, grain_for(4 * classes * samples), [&](int64_t begin, int64_t end) {
-      FK_BEST(gumbel_argmax<T>)(a, begin, end);
-    });
+    a.normaliser = static_cast<T*>(normaliser.mutable_data_ptr());
+    torch::stable::parallel_for(0, rows, grain_for(4 * classes * samples),
+                                [&](int64_t begin, int64_t end) { FK_BEST(gumbel_argmax<T>)(a, begin, end); });
   });
-  return {index, log_prob, logsumexp};
+  return {index, log_prob, normaliser};
 }
 
-Tensor gumbel_argmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& logsumexp,
-                              const Tensor& index) {
+Tensor gumbel_argmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& normaliser, const Tensor& index) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   Tensor grad_logits = new_output(logits, {rows, classes});
-  const Tensor lse = torch::stable::contiguous(logsumexp);
+  const Tensor saved = torch::stable::contiguous(normaliser);
   dispatch_float(logits, [&]<class T>() {
     ArgmaxArguments<T> a;
     a.logits = view<T>(logits);
     a.grad = view<T>(grad);
     a.index_in = view<int64_t>(index);
-    a.logsumexp_in = static_cast<const T*>(lse.const_data_ptr());
+    a.normaliser_in = static_cast<const T*>(saved.const_data_ptr());
     a.classes = classes;
     a.samples = index.size(1);
     a.grad_logits = mutable_view<T>(grad_logits);
-    torch::stable::parallel_for(0, rows, grain_for(classes), [&](int64_t begin, int64_t end) {
-      FK_BEST(gumbel_argmax_backward<T>)(a, begin, end);
-    });
+    torch::stable::parallel_for(0, rows, grain_for(classes),
+                                [&](int64_t begin, int64_t end) { FK_BEST(gumbel_argmax_backward<T>)(a, begin, end); });
   });
   return grad_logits;
 }

@@ -22,8 +22,7 @@ struct GumbelArguments {
 
 namespace fk {
 
-Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream,
-                      bool hard) {
+Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream, bool hard) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   Tensor y = new_output(logits, {rows, classes});
   if (rows * classes == 0) return y;
@@ -36,9 +35,8 @@ Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& see
     a.stream = stream_of(seed, stream);
     a.hard = hard;
     a.y = mutable_view<T>(y);
-    torch::stable::parallel_for(0, rows, grain_for(4 * classes), [&](int64_t begin, int64_t end) {
-      FK_BEST(gumbel_softmax<T>)(a, begin, end);
-    });
+    torch::stable::parallel_for(0, rows, grain_for(4 * classes),
+                                [&](int64_t begin, int64_t end) { FK_BEST(gumbel_softmax<T>)(a, begin, end); });
   });
   return y;
 }

@@ -94,7 +94,7 @@ void gumbel_softmax(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
     a.hard ? gumbel_softmax_long<true>(a, begin, end) : gumbel_softmax_long<false>(a, begin, end);
 }
 
-// grad_logits = (y / tau) (grad - sum y grad);  grad_tau = -sum grad_logits log y.
+// grad_logits = (y / tau) (grad - sum y grad);  grad_tau = -sum grad_logits log(y / max y).
 // (The perturbed logits are tau log y up to a constant, and grad_logits sums to zero: no noise is needed.)
 template <class T>
 void gumbel_softmax_backward(const GumbelArguments<T>& a, int64_t begin, int64_t end) {
@@ -131,8 +131,9 @@ void gumbel_softmax_backward(const GumbelArguments<T>& a, int64_t begin, int64_t
     T* out = &a.y(r, 0);
     for (int64_t i = 0; i < a.classes; ++i) out[i] = y[i] / tau * ((grad[i] - origin) - mean);
     if (a.grad_tau) {
-      for (int64_t i = 0; i < a.classes; ++i)
-        terms[i] = -out[i] * math::log(math::max(std::numeric_limits<T>::min(), y[i]));
+      constexpr T kTiny = std::numeric_limits<T>::min();
+      const T highest = a.classes > 0 ? math::log(y[argmax.index()]) : T(0);
+      for (int64_t i = 0; i < a.classes; ++i) terms[i] = -out[i] * (math::log(math::max(kTiny, y[i])) - highest);
       a.grad_tau[r] = sum_of_row(terms, a.classes);
     }
   }

@@ -121,8 +121,8 @@ def test_compile() -> None:
 def test_opcheck() -> None:
     logits, seed = testing.random_tensor((6, 9)), torch.tensor(3)
     testing.check_opcheck(forward_op, (logits, seed, 5, 3))
-    index, log_prob, logsumexp = forward_op(logits, seed, 5, 3)
-    testing.check_opcheck(backward_op, (log_prob, logits, logsumexp, index))
+    index, log_prob, normaliser = forward_op(logits, seed, 5, 3)
+    testing.check_opcheck(backward_op, (log_prob, logits, normaliser, index))
 
 
 def test_vmap() -> None:

@@ -160,7 +160,9 @@ def test_quantizer_finds_clusters(decay: float | None) -> None:
     centres = 5 * testing.random_tensor((8, 3), seed=2)
     quantizer = VectorQuantizer(8, 3, decay=decay, revive=0.5)
     with torch.no_grad():
-        quantizer.codebook.copy_(centres + 0.7 * testing.random_tensor((8, 3), seed=3))
+        quantizer.codebook.copy_(centres + 0.3 * testing.random_tensor((8, 3), seed=3))
+        if decay:
+            quantizer.sums.copy_(quantizer.codebook)
     optimizer = None if decay else torch.optim.Adam(quantizer.parameters(), lr=0.05)
     for step in range(150):
         x = centres.repeat(20, 1) + 0.05 * testing.random_tensor((160, 3), seed=step)

@@ -17,7 +17,7 @@ forward_op: Any = operator(
     vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
 )
 backward_op: Any = operator(
-    "gumbel_argmax_backward(Tensor grad, Tensor logits, Tensor logsumexp, Tensor index) -> Tensor",
+    "gumbel_argmax_backward(Tensor grad, Tensor logits, Tensor normaliser, Tensor index) -> Tensor",
     reference.gumbel_argmax_backward,
     vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
@@ -28,14 +28,14 @@ class GumbelArgmax(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        index, log_prob, logsumexp = forward_op(*args)
-        return index, log_prob, logsumexp
+        index, log_prob, normaliser = forward_op(*args)
+        return index, log_prob, normaliser
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        index, _, logsumexp = output
-        ctx.mark_non_differentiable(index, logsumexp)
-        ctx.save_for_backward(inputs[0], logsumexp, index)
+        index, _, normaliser = output
+        ctx.mark_non_differentiable(index, normaliser)
+        ctx.save_for_backward(inputs[0], normaliser, index)
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad: Tensor, __: Any) -> Any:

@@ -16,14 +16,16 @@ def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tu
         noise = reference_noise(seed, stream + sample, 0, rows * classes, KINDS.index("gumbel"), in_double)
         index.append((logits + noise.reshape(rows, classes)).argmax(-1))
     drawn = torch.stack(index, -1)
-    return drawn, log_prob(logits, drawn), logits.logsumexp(-1)
+    top = logits.amax(-1)
+    log_sum = (logits - top[:, None]).exp().sum(-1).log()
+    return drawn, log_prob(logits, drawn), torch.stack((top, log_sum), -1)
 
 
 def log_prob(logits: Tensor, index: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, index)
 
 
-def gumbel_argmax_backward(grad: Tensor, logits: Tensor, logsumexp: Tensor, index: Tensor) -> Tensor:
+def gumbel_argmax_backward(grad: Tensor, logits: Tensor, normaliser: Tensor, index: Tensor) -> Tensor:
     """sum over samples of grad (one-hot - softmax)."""
-    softmax = (logits - logsumexp[:, None]).exp()
+    softmax = (logits - normaliser[:, :1] - normaliser[:, 1:]).exp()
     return (-grad.sum(-1, keepdim=True) * softmax).scatter_add(-1, index, grad)
