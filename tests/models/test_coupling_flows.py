@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowkernels import models, testing
+from flowkernels import explain, models, testing
 from flowkernels.models import Flow
 from flowkernels.nn import MLP, AutoregressiveTransform, CouplingTransform
 from flowkernels.nn.masks import half_mask
@@ -167,3 +167,9 @@ class _Direction(nn.Module):
 def test_bad_input(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@every_model
+def test_explain_says_what_runs(make: Make) -> None:
+    text = explain(make(0))
+    assert "both directions" in text or "maf_forward" in text
