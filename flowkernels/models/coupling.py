@@ -21,7 +21,9 @@ def _masks(features: int, mask: str | Sequence[Tensor], transforms: int) -> list
     """One mask per transform: of two kinds in turns, or a list."""
     if not isinstance(mask, str):
         if len(mask) != transforms:
-            raise ValueError(f"mask must be a name or hold one mask for each of {transforms} transforms, got {len(mask)}")
+            raise ValueError(
+                f"mask must be a name or hold one mask for each of {transforms} transforms, got {len(mask)}"
+            )
         return list(mask)
     if mask == "half":
         return [half_mask(features, first=i % 2 == 1) for i in range(transforms)]

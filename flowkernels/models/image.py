@@ -37,7 +37,12 @@ class _Couplings:
 
     def __init__(self, transform: str | Transform, hidden: int, blocks: int, context: int, attention: int = 0) -> None:
         self.transform = as_transform(transform)
-        self.network = {"hidden_channels": hidden, "blocks": blocks, "context_features": context, "attention": attention}
+        self.network = {
+            "hidden_channels": hidden,
+            "blocks": blocks,
+            "context_features": context,
+            "attention": attention,
+        }
 
     def __call__(self, shape: Shape, mask: Tensor, form: str = "scale_shift") -> CouplingTransform:
         network = ConvNet(shape, mask, params_per_feature(self.transform), **self.network)

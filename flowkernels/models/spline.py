@@ -13,8 +13,9 @@ class NSF(MAF):
 
     Densities take one pass per transform; sampling is sequential, and exact, in one sweep (`flowkernels.ops.maf_inverse`).
 
-    Arguments as for `MAF`, with `spline` (default: nflows' way, 8 bins on [-3, 3]) in place of the scale law. Source: Durkan et al.
-    2019, arXiv:1906.04032.
+    Arguments as for `MAF`, with `spline` (default: nflows' way, 8 bins on [-3, 3]) in place of the scale law.
+
+    Source: Durkan et al. 2019, arXiv:1906.04032.
     """
 
     def __init__(

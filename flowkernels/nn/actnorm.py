@@ -56,17 +56,13 @@ class ActNorm(nn.Module):
         self.log_scale.copy_(-0.5 * (variance + 1e-6).log())
         self.initialised.fill_(True)
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z, logdet); padded positions, where `mask` is False, stay as they are and do not count."""
         if self.training and not self.initialised:
             self.initialise(x, mask)
         return self._run(x, mask, False)
 
-    def inverse(
-        self, z: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(z, mask, True)
 
     def _run(self, x: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:

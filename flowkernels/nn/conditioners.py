@@ -118,7 +118,9 @@ class ConvNet(nn.Module):
         if mask.shape != (channels * height * width,):
             raise ValueError(f"mask must have shape ({channels * height * width},), got {tuple(mask.shape)}")
         if attention and hidden_channels % attention:
-            raise ValueError(f"hidden_channels must be a multiple of attention, {attention} heads, got {hidden_channels}")
+            raise ValueError(
+                f"hidden_channels must be a multiple of attention, {attention} heads, got {hidden_channels}"
+            )
         self.shape, self.params_per_feature = shape, params_per_feature
         per_channel = mask.reshape(channels, -1)
         self.whole_channels = bool((per_channel == per_channel[:, :1]).all())
@@ -153,5 +155,5 @@ class ConvNet(nn.Module):
         for block in self.body:
             x = block(x)
         # (N, P, features) seen as (N, features, P): the operators read strides, nothing is copied.
-        theta = self.last(F.silu(x)).reshape(x.shape[0], self.params_per_feature, -1).transpose(1, 2)
+        theta: Tensor = self.last(F.silu(x)).reshape(x.shape[0], self.params_per_feature, -1).transpose(1, 2)
         return theta if self.whole_channels else theta[:, self.transformed]

@@ -93,9 +93,7 @@ def _elementwise(transform: Any, x: Tensor, theta: Tensor, inverse: bool) -> tup
     if isinstance(transform, RQSpline):
         return rq_spline(x, theta, spline=transform, inverse=inverse)
     assert isinstance(transform, LogisticMixture)
-    return logistic_mixture(
-        x, theta, law=transform.law, min_log_scale=transform.min_log_scale, inverse=inverse
-    )
+    return logistic_mixture(x, theta, law=transform.law, min_log_scale=transform.min_log_scale, inverse=inverse)
 
 
 __all__ = ["CouplingTransform", "params_per_feature"]

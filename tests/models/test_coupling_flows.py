@@ -25,7 +25,9 @@ MODELS: dict[str, Make] = {
     "image_realnvp": lambda k: models.ImageRealNVP((1, 4, 4), 8, 1, levels=2, couplings=2, context_features=k),
     "glow": lambda k: models.Glow((1, 4, 4), 8, 1, levels=2, steps=2, context_features=k),
     "flowpp": lambda k: models.FlowPP((1, 4, 4), 8, 1, couplings=2, components=2, context_features=k),
-    "flowpp_attention": lambda k: models.FlowPP((1, 4, 4), 8, 1, couplings=1, components=2, attention=2, context_features=k),
+    "flowpp_attention": lambda k: models.FlowPP(
+        (1, 4, 4), 8, 1, couplings=1, components=2, attention=2, context_features=k
+    ),
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
@@ -137,7 +139,9 @@ def test_autoregressive_splines_against_the_reference(style: str, dtype: torch.d
 
     def call(x: Tensor, context: Tensor, *parameters: Tensor) -> Any:
         given = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(_Direction(layer, direction), {f"layer.{k}": v for k, v in given.items()}, (x, context))
+        return torch.func.functional_call(
+            _Direction(layer, direction), {f"layer.{k}": v for k, v in given.items()}, (x, context)
+        )
 
     x = testing.random_tensor((37, 7), dtype, spread=2.0)
     context = testing.random_tensor((37, 2), dtype, seed=1)

@@ -39,7 +39,9 @@ def check_layer(layer: nn.Module, x: Tensor, context: Tensor | None = None) -> N
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-@pytest.mark.parametrize("mask", [half_mask(5), half_mask(5, first=True), alternating_mask(5)], ids=["b", "a", "alternating"])
+@pytest.mark.parametrize(
+    "mask", [half_mask(5), half_mask(5, first=True), alternating_mask(5)], ids=["b", "a", "alternating"]
+)
 def test_laws(mask: Tensor, transform: Any, backend: str) -> None:
     check_layer(coupling(mask, transform), testing.random_tensor((4, 5), torch.float64))
 

@@ -259,7 +259,11 @@ def test_one_row_gives_the_bits_it_gives_among_others() -> None:
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"x": torch.zeros(4, 3), "parameters": torch.zeros(4, 3, 23), "spline": RQSpline()} | change
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(4, 3),
+        "parameters": torch.zeros(4, 3, 23),
+        "spline": RQSpline(),
+    } | change
     with pytest.raises(error, match=message):
         rq_spline(arguments.pop("x"), arguments.pop("parameters"), **arguments)
 

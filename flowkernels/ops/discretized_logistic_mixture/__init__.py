@@ -48,7 +48,9 @@ def discretized_logistic_mixture(
     if x.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(x)
         if not (low >= 0 and high <= levels - 1):
-            raise ValueError(f"x must hold grey levels 0 to {levels - 1}, got values from {low.item()} to {high.item()}")
+            raise ValueError(
+                f"x must hold grey levels 0 to {levels - 1}, got values from {low.item()} to {high.item()}"
+            )
     logits, means, log_scales = parameters.chunk(3, dim=-1)
     half = 1.0 / (levels - 1)
     level = x.to(parameters.dtype)[..., None]
@@ -63,7 +65,9 @@ def discretized_logistic_mixture(
         (-torch.expm1(-torch.where(small, width, 0.5))).log(),
         torch.log1p(-torch.exp(-torch.where(small, 1.0, width))),
     )
-    below = torch.where(level < levels - 1, F.logsigmoid(upper), 0.0)  # of the last level: everything lies below infinity
+    below = torch.where(
+        level < levels - 1, F.logsigmoid(upper), 0.0
+    )  # of the last level: everything lies below infinity
     above = torch.where(level > 0, F.logsigmoid(-lower), 0.0)
     inner = (level > 0) & (level < levels - 1)
     mass = below + above + torch.where(inner, log_width, 0.0)

@@ -71,7 +71,9 @@ def logistic_mixture(
         given = tuple(parameters.shape)
         fits = len(given) <= len(full) and all(a in (1, b) for a, b in zip(given[::-1], full[::-1], strict=False))
         if not fits:
-            raise ValueError(f"parameters must broadcast to {full}, x's shape and the mixture's parameters, got {given}")
+            raise ValueError(
+                f"parameters must broadcast to {full}, x's shape and the mixture's parameters, got {given}"
+            )
         parameters = parameters.expand(full)
     dtype = COMPUTE_DTYPE[x.dtype]
     if logdet is not None:
