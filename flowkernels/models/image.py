@@ -114,7 +114,8 @@ class ImageRealNVP(Flow):
 class Glow(Flow):
     """Glow: squeeze, then steps of ActNorm, invertible 1x1 convolution and affine coupling, at several scales.
 
-    Before half of the channels are factored out, a coupling transforms them given the other half: the learned prior of Glow.
+    Before half of the channels are factored out, a coupling transforms them given the other half: the learned
+    prior of Glow.
 
     Args:
         shape: (channels, height, width). hidden_channels, blocks: size of each conditioner.

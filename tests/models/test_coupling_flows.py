@@ -100,8 +100,9 @@ def test_parts_transform_every_feature(make: Make) -> None:
 def test_realnvp_is_a_maf_with_half_the_degrees_empty() -> None:
     """An affine coupling, built as a masked autoregressive network.
 
-    The first half of the features has parameters that depend on nothing and make it the identity; every hidden unit has the
-    degree of the last of them, so that it sees exactly the first half, and the second half sees every hidden unit.
+    The first half of the features has parameters that depend on nothing and make it the identity; every hidden
+    unit has the degree of the last of them, so that it sees exactly the first half, and the second half sees every
+    hidden unit.
     """
     torch.manual_seed(0)
     features, half, hidden = 6, 3, 16

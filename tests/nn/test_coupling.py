@@ -207,7 +207,7 @@ def test_permutation_squeeze_and_factor_out() -> None:
     y = testing.random_tensor((3, 7), torch.float64)
     check_layer(layer, y)
     assert torch.equal(layer(y)[0][:, :3], y[:, :3])
-    with pytest.raises(ValueError, match="permutation must hold each of 0..2 once"):
+    with pytest.raises(ValueError, match=r"permutation must hold each of 0\.\.2 once"):
         Permutation([0, 1, 1])
     with pytest.raises(ValueError, match="shape must have even height and width"):
         Squeeze((1, 3, 4))
