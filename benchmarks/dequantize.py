@@ -1,4 +1,4 @@
-"""dequantize: noise, logit and log-det of grey levels in one pass; the noise is given, so that results can be compared."""
+"""dequantize: noise, logit and log-det of grey levels in one pass, with noise that is given and noise that is drawn."""
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from flowkernels import _backend, _library
 from flowkernels._version import __version__
 from flowkernels.integrations import describe as describe_peers
-from flowkernels.nn import MADE, AutoregressiveTransform, MaskedLinear
+from flowkernels.nn import MADE, ActNorm, AutoregressiveTransform, CouplingTransform, MaskedLinear
 from flowkernels.plan import Plan
+from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import LogisticMixture, RQSpline
 
 _WHAT = {
     "reference": "plain PyTorch, the truth that the others are tested against",
@@ -57,7 +59,20 @@ def _(module: AutoregressiveTransform) -> str:
     way = ("maf_inverse", "maf_forward") if module.flipped else ("maf_forward", "maf_inverse")
     made = module.conditioner
     plan = describe_plan(made.plan, made.plan_parameters()[0])
-    return f"{way[0]}, sampling {way[1]}; law {module.law.name}; {plan}"
+    law = f"law {module.law.name}" if isinstance(module.law, ScaleLaw) else str(module.law)
+    return f"{way[0]}, sampling {way[1]}; {law}; {plan}"
+
+
+@describe.register
+def _(module: CouplingTransform) -> str:
+    op = {RQSpline: "rq_spline", LogisticMixture: "logistic_mixture"}.get(type(module.transform), "affine_coupling")
+    law = f"law {module.transform.name}" if isinstance(module.transform, ScaleLaw) else str(module.transform)
+    return f"{op}, both directions; {law}; {len(module.transformed)} of {len(module.mask)} features"
+
+
+@describe.register
+def _(module: ActNorm) -> str:
+    return f"affine_coupling, both directions; {module.channels} shifts and scales"
 
 
 @describe.register

@@ -1,4 +1,4 @@
-"""Elementwise transforms that carry options of their own: what a coupling or an autoregressive layer does to one feature."""
+"""Elementwise transforms with options of their own: what a coupling or an autoregressive layer does to a feature."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ MAX_BINS = 64  # csrc/common/rq_spline.h: kMaxBins
 class RQSpline:
     """A monotonic rational-quadratic spline on [-bound, bound], the identity outside of it.
 
-    A feature has 3 bins - 1 parameters: `bins` widths, `bins` heights and the slopes at the bins - 1 inner knots, in this
-    order, all unconstrained. The slope at both ends is 1, so the spline meets the identity smoothly. How the parameters
-    become bins is the style:
+    A feature has 3 bins - 1 parameters: `bins` widths, `bins` heights and the slopes at the bins - 1 inner knots,
+    in this order, all unconstrained. The slope at both ends is 1, so the spline meets the identity smoothly. How
+    the parameters become bins is the style:
 
     | style    | widths, heights (as fractions of the interval)          | slopes                             |
     |----------|---------------------------------------------------------|------------------------------------|
@@ -38,14 +38,14 @@ class RQSpline:
     | `zuko`   | softmax(u / (1 + |2 u / log min_slope|))                | exp(u / (1 + |u / log min_slope|)) |
 
     Args:
-        style: ``"nflows"`` (bound 3, min_width, min_height and min_slope 1e-3, logit_scale 1; nflows' coupling layers divide
-            their logits by the square root of the network's width: that is logit_scale) or ``"zuko"`` (bound 5, min_slope
-            1e-3).
+        style: ``"nflows"`` (bound 3, min_width, min_height and min_slope 1e-3, logit_scale 1; nflows' coupling
+            layers divide their logits by the square root of the network's width: that is logit_scale) or
+            ``"zuko"`` (bound 5, min_slope 1e-3).
         bins: 2 to 64.
 
     Raises:
-        ValueError: an unknown style or parameter, bins out of range, a bound or minimum that is not positive, minima that
-            leave no room for `bins` bins.
+        ValueError: an unknown style or parameter, bins out of range, a bound or minimum that is not positive,
+            minima that leave no room for `bins` bins.
 
     Source: Durkan et al. 2019 (Neural Spline Flows), arXiv:1906.04032.
     """
@@ -110,15 +110,16 @@ class RQSpline:
 
     @property
     def numbers(self) -> list[float]:
-        """The five numbers of csrc/common/rq_spline.h: bound, min_width, min_height, then min_slope and logit_scale, or
-        zuko's two limits."""
+        """The five numbers of csrc/common/rq_spline.h: bound, min_width, min_height, then min_slope and
+        logit_scale, or zuko's two limits."""
         p = dict(self.parameters)
         if self.style == "nflows":
             return [p["bound"], p["min_width"], p["min_height"], p["min_slope"], p["logit_scale"]]
         return [p["bound"], 0.0, 0.0, 1 / abs(math.log(p["min_slope"])), 2 / abs(math.log(p["min_slope"]))]
 
     def knots(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """((..., K + 1) x, (..., K + 1) y, (..., K + 1) slope) of the knots, in plain PyTorch: the truth for every backend."""
+        """((..., K + 1) x, (..., K + 1) y, (..., K + 1) slope) of the knots, in plain PyTorch: the truth for every
+        backend."""
         p, k = dict(self.parameters), self.bins
         widths, heights, slopes = parameters.split([k, k, k - 1], dim=-1)
         if self.style == "nflows":
@@ -158,7 +159,8 @@ class LogisticMixture:
     A feature has 3 components + 2 parameters, see `flowkernels.ops.logistic_mixture`.
 
     Args:
-        components: 1 to 64. law: scale law of the affine part. min_log_scale: smaller logarithms of scales are raised to it.
+        components: 1 to 64. law: scale law of the affine part. min_log_scale: smaller logarithms of scales are
+        raised to it.
 
     Source: Ho et al. 2019 (Flow++), arXiv:1902.00275.
     """
@@ -200,7 +202,8 @@ def params_per_feature(transform: Transform) -> int:
 
 
 def code_and_numbers(transform: ScaleLaw | RQSpline) -> tuple[int, list[float]]:
-    """How the autoregressive operators are told of their transform, with six numbers: scale laws count from 0, then come the splines."""
+    """How the autoregressive operators are told of their transform, with six numbers: scale laws count from 0,
+    then come the splines."""
     if isinstance(transform, ScaleLaw):
         return transform.code, [*transform.numbers, 0.0, 0.0, 0.0]
     return len(LAW_NAMES) + transform.code, [*transform.numbers, float(transform.bins)]

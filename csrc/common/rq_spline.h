@@ -13,6 +13,7 @@
 #pragma once
 #include "common/lanes.h"
 #include "common/math.h"
+#include "common/sums.h"
 
 namespace fk {
 
@@ -63,14 +64,6 @@ FK_INLINE T spline_slope_rate(T u, T slope, const SplineOptions<T>& o) {
   if constexpr (S == SplineStyle::nflows) return math::sigmoid(u);
   const T d = T(1) + math::abs(u) * o.slope;
   return slope / (d * d);
-}
-
-// A sum that keeps what rounding takes away: with 64 bins the knots would otherwise be off by more than their inputs are.
-template <class T>
-FK_INLINE void add_exactly(T& sum, T& rest, T value) {
-  const T total = sum + value, added = total - sum;
-  rest += (sum - (total - added)) + (value - added);
-  sum = total;
 }
 
 // What is known of one axis. `exponentials` hold exp(logit - largest) per bin; `factor` makes fractions of them.
@@ -281,10 +274,14 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
                  gl * (T(2) / s + T(2) * t * inv_n - T(2) * (T(1) - T(2) * t) * inv);
     grad0[i] = gr * t * (T(1) - ratio) * inv + gl * (rest * rest * inv_n - T(2) * t * inv);
     grad1[i] = -gr * ratio * t * inv + gl * (theta * theta * inv_n - T(2) * t * inv);
-    before_u[i] = -per_width;
-    own_u[i] = -per_width * theta - gs * s / w.x.size[i];
-    before_y[i] = gy;
-    own_y[i] = gy * ratio + gs / w.x.size[i];
+    // The last bin ends at the bound, so its start alone moves: a softmax does not mind if its own share is taken off all
+    // gradients, and they do not cancel later.
+    const bool last = w.bin[i] == T(bins - 1);
+    const T stretch = gs / w.x.size[i];
+    before_u[i] = last ? stretch * s - per_width * rest : -per_width;
+    own_u[i] = last ? T(0) : -per_width * theta - stretch * s;
+    before_y[i] = last ? gy * (T(1) - ratio) - stretch : gy;
+    own_y[i] = last ? T(0) : gy * ratio + stretch;
     grad0[i] *= spline_slope_rate<S>(w.raw0[i], d0, o);
     grad1[i] *= spline_slope_rate<S>(w.raw1[i], d1, o);
   }

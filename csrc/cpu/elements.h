@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/sums.h"
 #include "cpu/tensor.h"
 
 namespace fk {

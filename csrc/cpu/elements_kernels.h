@@ -78,21 +78,24 @@ void store_parameters(const ElementView<T>& to, const T* from, const ElementLane
   }
 }
 
-// Adds log-dets of a group of elements up per row, in the order of the features, in double: no worse than any other order.
+// Adds log-dets of a group of elements up per row, in the order of the features, with their rounding errors.
 template <class T>
 struct RowSums {
   const T* start;  // running log-det, or null
   T* out;
   int64_t features;
-  double sum = 0;
+  double sum = 0, rest = 0;
   int64_t done = 0;  // features of the current row
 
   void add(const T* values, const ElementLanes& lanes) {
     for (int i = 0; i < lanes.count; ++i) {
-      if (done == 0) sum = start ? static_cast<double>(start[lanes.row[i]]) : 0.0;
-      sum += static_cast<double>(values[i]);
+      if (done == 0) {
+        sum = start ? static_cast<double>(start[lanes.row[i]]) : 0.0;
+        rest = 0;
+      }
+      add_exactly(sum, rest, static_cast<double>(values[i]));
       if (++done == features) {
-        out[lanes.row[i]] = static_cast<T>(sum);
+        out[lanes.row[i]] = static_cast<T>(sum + rest);
         done = 0;
       }
     }

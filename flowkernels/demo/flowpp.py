@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowkernels.demo import common, density, report
 from flowkernels.demo.common import LEVELS, PIXELS, SIDE, Options
 from flowkernels.models import DequantizedFlow, FlowPP, RealNVP, VariationalNoise
 
 STUDIES = ("dequantization",)
-TRAINING = {"epochs": 40, "lr": 3e-3, "weight_decay": 1e-2}
+TRAINING: dict[str, Any] = {"epochs": 40, "lr": 3e-3, "weight_decay": 1e-2}
 
 
 def build(quick: bool, attention: int = 0) -> FlowPP:
@@ -40,8 +42,10 @@ def _study(options: Options) -> None:
                     noise = VariationalNoise(RealNVP(PIXELS, (width,), 4, context_features=PIXELS), LEVELS)
                 model = DequantizedFlow(flow, LEVELS, noise=noise)
             name = f"{'variational' if learned else 'uniform'} noise, {'attention' if attention else 'no attention'}"
-            curve = common.fit(model, model.bound, digits, label=name, **{**TRAINING, "epochs": epochs, "seed": options.seed})
+            training = {**TRAINING, "epochs": epochs, "seed": options.seed}
+            curve = common.fit(model, model.bound, digits, label=name, **training)
             bits, error = common.bits_per_dim(model.bound, digits.test)
             size = sum(p.numel() for p in model.parameters())
-            rows.append([name, f"{bits:.3f} +- {error:.3f}", f"{size:,}", report.seconds(curve.seconds / len(curve.train))])
+            epoch = report.seconds(curve.seconds / len(curve.train))
+            rows.append([name, f"{bits:.3f} +- {error:.3f}", f"{size:,}", epoch])
     print(report.table(["Flow++", "test bits/dim", "parameters", "an epoch"], rows))

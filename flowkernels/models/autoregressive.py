@@ -10,6 +10,7 @@ from flowkernels.models.flow import Flow
 from flowkernels.nn.autoregressive import AutoregressiveTransform
 from flowkernels.ops.maf import run_chain
 from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline
 
 Order = str | Sequence[int] | Tensor
 
@@ -61,7 +62,7 @@ class MAF(AutoregressiveFlow):
         transforms: int = 5,
         *,
         context_features: int = 0,
-        law: str | ScaleLaw = "softplus",
+        law: str | ScaleLaw | RQSpline = "softplus",
         activation: str = "relu",
         order: str | Sequence[Order] = "alternating",
         degrees: str = "sequential",

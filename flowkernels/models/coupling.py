@@ -21,7 +21,9 @@ def _masks(features: int, mask: str | Sequence[Tensor], transforms: int) -> list
     """One mask per transform: of two kinds in turns, or a list."""
     if not isinstance(mask, str):
         if len(mask) != transforms:
-            raise ValueError(f"mask must be a name or hold one mask for each of {transforms} transforms, got {len(mask)}")
+            raise ValueError(
+                f"mask must be a name or hold one mask for each of {transforms} transforms, got {len(mask)}"
+            )
         return list(mask)
     if mask == "half":
         return [half_mask(features, first=i % 2 == 1) for i in range(transforms)]
@@ -37,7 +39,8 @@ class CouplingFlow(Flow):
         features: D, at least 2. hidden_features: widths of each conditioner. transforms: how many couplings.
         transform: a scale law, an `RQSpline` or a `LogisticMixture`, see `flowkernels.nn.CouplingTransform`.
         context_features: K, width of the conditioning input. activation: of the conditioners.
-        mask: ``"half"`` or ``"alternating"`` (which half is transformed changes from layer to layer), or a list of masks.
+        mask: ``"half"`` or ``"alternating"`` (which half is transformed changes from layer to layer), or a list of
+        masks.
         actnorm: an `ActNorm` before every coupling, initialised from the first batch.
     """
 
@@ -134,7 +137,8 @@ class RealNVP(CouplingFlow):
 class CouplingNSF(CouplingFlow):
     """Neural spline flow of couplings: rational-quadratic splines of one half, given the other.
 
-    Arguments as for `CouplingFlow`, with the spline in place of the transform. Source: Durkan et al. 2019, arXiv:1906.04032.
+    Arguments as for `CouplingFlow`, with the spline in place of the transform. Source: Durkan et al. 2019,
+    arXiv:1906.04032.
     """
 
     def __init__(

@@ -37,7 +37,12 @@ class _Couplings:
 
     def __init__(self, transform: str | Transform, hidden: int, blocks: int, context: int, attention: int = 0) -> None:
         self.transform = as_transform(transform)
-        self.network = {"hidden_channels": hidden, "blocks": blocks, "context_features": context, "attention": attention}
+        self.network = {
+            "hidden_channels": hidden,
+            "blocks": blocks,
+            "context_features": context,
+            "attention": attention,
+        }
 
     def __call__(self, shape: Shape, mask: Tensor, form: str = "scale_shift") -> CouplingTransform:
         network = ConvNet(shape, mask, params_per_feature(self.transform), **self.network)
@@ -109,7 +114,8 @@ class ImageRealNVP(Flow):
 class Glow(Flow):
     """Glow: squeeze, then steps of ActNorm, invertible 1x1 convolution and affine coupling, at several scales.
 
-    Before half of the channels are factored out, a coupling transforms them given the other half: the learned prior of Glow.
+    Before half of the channels are factored out, a coupling transforms them given the other half: the learned
+    prior of Glow.
 
     Args:
         shape: (channels, height, width). hidden_channels, blocks: size of each conditioner.

@@ -11,10 +11,12 @@ from flowkernels.transforms import RQSpline
 class NSF(MAF):
     """Neural spline flow, autoregressive: each transform is ``z_i = spline(x_i; theta(x_<i))``, rational-quadratic.
 
-    Densities take one pass per transform; sampling is sequential, and exact, in one sweep (`flowkernels.ops.maf_inverse`).
+    Densities take one pass per transform; sampling is sequential, and exact, in one sweep
+    (`flowkernels.ops.maf_inverse`).
 
-    Arguments as for `MAF`, with `spline` (default: nflows' way, 8 bins on [-3, 3]) in place of the scale law. Source: Durkan et al.
-    2019, arXiv:1906.04032.
+    Arguments as for `MAF`, with `spline` (default: nflows' way, 8 bins on [-3, 3]) in place of the scale law.
+
+    Source: Durkan et al. 2019, arXiv:1906.04032.
     """
 
     def __init__(

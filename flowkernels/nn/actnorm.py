@@ -14,8 +14,10 @@ class ActNorm(nn.Module):
     Features are flat, channel after channel: (N, channels * positions).
 
     Args:
-        channels: how many shifts and scales. positions: features of one channel (pixels of an image, steps of a sequence).
-        data_init: take shift and scale from the first batch that comes in training mode; otherwise start as the identity.
+        channels: how many shifts and scales. positions: features of one channel (pixels of an image, steps of a
+        sequence).
+        data_init: take shift and scale from the first batch that comes in training mode; otherwise start as the
+        identity.
 
     Source: Kingma & Dhariwal 2018 (Glow), arXiv:1807.03039.
     """
@@ -56,17 +58,13 @@ class ActNorm(nn.Module):
         self.log_scale.copy_(-0.5 * (variance + 1e-6).log())
         self.initialised.fill_(True)
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(z, logdet); padded positions, where `mask` is False, stay as they are and do not count."""
         if self.training and not self.initialised:
             self.initialise(x, mask)
         return self._run(x, mask, False)
 
-    def inverse(
-        self, z: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(z, mask, True)
 
     def _run(self, x: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -97,8 +95,8 @@ class Invertible1x1(nn.Module):
     """A linear map of the channels, the same at every position: ``z = W x`` with ``W = P L (U + diag(s))``.
 
     P is a fixed permutation, L unit lower and U strictly upper triangular, so the log-det is exactly
-    ``positions * sum log |s|`` and the inverse is two triangular solves. Starts as a random rotation. Features are flat, channel
-    after channel.
+    ``positions * sum log |s|`` and the inverse is two triangular solves. Starts as a random rotation. Features are
+    flat, channel after channel.
 
     Source: Kingma & Dhariwal 2018 (Glow), arXiv:1807.03039.
     """

@@ -33,8 +33,11 @@ class AutoregressiveTransform(nn.Module):
     ) -> None:
         super().__init__()
         transform = as_transform(law)
+        if not isinstance(transform, (ScaleLaw, RQSpline)):
+            raise TypeError(f"law must be a scale law or an RQSpline, got {type(transform).__name__}")
         if isinstance(transform, RQSpline):
-            keywords |= {"params_per_feature": transform.params_per_feature, "parameter_names": transform.parameter_names}
+            keywords["params_per_feature"] = transform.params_per_feature
+            keywords["parameter_names"] = transform.parameter_names
         self.conditioner = MADE(features, *args, **keywords)
         self.law, self.form, self.flipped = transform, form, flipped
         if isinstance(transform, RQSpline):

@@ -1,7 +1,8 @@
-"""Networks that give the parameters of coupling transforms: (N, identity features) -> (N, transformed features, P)."""
+"""Networks that give the parameters of coupling transforms: (N, features seen) -> (N, features transformed, P)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ class MLP(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATION)}, got {activation!r}")
         self.outputs, self.params_per_feature, self.activation = outputs, params_per_feature, activation
         widths = [inputs, *hidden_features, outputs * params_per_feature]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.context_layer = nn.Linear(context_features, widths[1], bias=False) if context_features else None
 
     def start_at(self, theta: Tensor) -> None:
@@ -92,8 +93,8 @@ class ConvNet(nn.Module):
 
     Args:
         shape: (channels, height, width) of the whole image, whose features are flat in that order.
-        mask: (channels * height * width,) True where a feature is transformed. Where whole channels are, the network sees the
-            other channels; else it sees the image with zeros in the transformed places.
+        mask: (channels * height * width,) True where a feature is transformed. Where whole channels are, the
+            network sees the other channels; else it sees the image with zeros in the transformed places.
         params_per_feature: P. hidden_channels, blocks: size of the network.
         context_features: width of the conditioning input, whose linear image is added to every pixel.
         attention: heads of a self-attention after each block, 0 for none.
@@ -118,7 +119,9 @@ class ConvNet(nn.Module):
         if mask.shape != (channels * height * width,):
             raise ValueError(f"mask must have shape ({channels * height * width},), got {tuple(mask.shape)}")
         if attention and hidden_channels % attention:
-            raise ValueError(f"hidden_channels must be a multiple of attention, {attention} heads, got {hidden_channels}")
+            raise ValueError(
+                f"hidden_channels must be a multiple of attention, {attention} heads, got {hidden_channels}"
+            )
         self.shape, self.params_per_feature = shape, params_per_feature
         per_channel = mask.reshape(channels, -1)
         self.whole_channels = bool((per_channel == per_channel[:, :1]).all())
@@ -153,5 +156,5 @@ class ConvNet(nn.Module):
         for block in self.body:
             x = block(x)
         # (N, P, features) seen as (N, features, P): the operators read strides, nothing is copied.
-        theta = self.last(F.silu(x)).reshape(x.shape[0], self.params_per_feature, -1).transpose(1, 2)
+        theta: Tensor = self.last(F.silu(x)).reshape(x.shape[0], self.params_per_feature, -1).transpose(1, 2)
         return theta if self.whole_channels else theta[:, self.transformed]

@@ -26,10 +26,10 @@ class CouplingTransform(nn.Module):
 
     Args:
         mask: (D,) booleans, True for the features b that are transformed; `flowkernels.nn.masks` has the usual ones.
-        conditioner: a module (N, len a), context -> (N, len b, P) with P the transform's parameters per feature, such as
-            `flowkernels.nn.MLP` and `flowkernels.nn.ConvNet`.
-        transform: a scale law (name or `ScaleLaw`) for an affine transform, ``"unit"`` for an additive one, an `RQSpline` or a
-            `LogisticMixture`.
+        conditioner: a module (N, len a), context -> (N, len b, P) with P the transform's parameters per feature,
+            such as `flowkernels.nn.MLP` and `flowkernels.nn.ConvNet`.
+        transform: a scale law (name or `ScaleLaw`) for an affine transform, ``"unit"`` for an additive one, an
+            `RQSpline` or a `LogisticMixture`.
         form: of the affine transform, see `flowkernels.ops.affine_coupling`.
 
     Sources: Dinh et al. 2015 (NICE), arXiv:1410.8516; Dinh et al. 2017 (RealNVP), arXiv:1605.08803.
@@ -93,9 +93,7 @@ def _elementwise(transform: Any, x: Tensor, theta: Tensor, inverse: bool) -> tup
     if isinstance(transform, RQSpline):
         return rq_spline(x, theta, spline=transform, inverse=inverse)
     assert isinstance(transform, LogisticMixture)
-    return logistic_mixture(
-        x, theta, law=transform.law, min_log_scale=transform.min_log_scale, inverse=inverse
-    )
+    return logistic_mixture(x, theta, law=transform.law, min_log_scale=transform.min_log_scale, inverse=inverse)
 
 
 __all__ = ["CouplingTransform", "params_per_feature"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowkernels import models, testing
+from flowkernels import explain, models, testing
 from flowkernels.models import Flow
 from flowkernels.nn import MLP, AutoregressiveTransform, CouplingTransform
 from flowkernels.nn.masks import half_mask
@@ -25,7 +25,9 @@ MODELS: dict[str, Make] = {
     "image_realnvp": lambda k: models.ImageRealNVP((1, 4, 4), 8, 1, levels=2, couplings=2, context_features=k),
     "glow": lambda k: models.Glow((1, 4, 4), 8, 1, levels=2, steps=2, context_features=k),
     "flowpp": lambda k: models.FlowPP((1, 4, 4), 8, 1, couplings=2, components=2, context_features=k),
-    "flowpp_attention": lambda k: models.FlowPP((1, 4, 4), 8, 1, couplings=1, components=2, attention=2, context_features=k),
+    "flowpp_attention": lambda k: models.FlowPP(
+        (1, 4, 4), 8, 1, couplings=1, components=2, attention=2, context_features=k
+    ),
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
@@ -98,8 +100,9 @@ def test_parts_transform_every_feature(make: Make) -> None:
 def test_realnvp_is_a_maf_with_half_the_degrees_empty() -> None:
     """An affine coupling, built as a masked autoregressive network.
 
-    The first half of the features has parameters that depend on nothing and make it the identity; every hidden unit has the
-    degree of the last of them, so that it sees exactly the first half, and the second half sees every hidden unit.
+    The first half of the features has parameters that depend on nothing and make it the identity; every hidden
+    unit has the degree of the last of them, so that it sees exactly the first half, and the second half sees every
+    hidden unit.
     """
     torch.manual_seed(0)
     features, half, hidden = 6, 3, 16
@@ -137,7 +140,9 @@ def test_autoregressive_splines_against_the_reference(style: str, dtype: torch.d
 
     def call(x: Tensor, context: Tensor, *parameters: Tensor) -> Any:
         given = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(_Direction(layer, direction), {f"layer.{k}": v for k, v in given.items()}, (x, context))
+        return torch.func.functional_call(
+            _Direction(layer, direction), {f"layer.{k}": v for k, v in given.items()}, (x, context)
+        )
 
     x = testing.random_tensor((37, 7), dtype, spread=2.0)
     context = testing.random_tensor((37, 2), dtype, seed=1)
@@ -167,3 +172,9 @@ class _Direction(nn.Module):
 def test_bad_input(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@every_model
+def test_explain_says_what_runs(make: Make) -> None:
+    text = explain(make(0))
+    assert "both directions" in text or "maf_forward" in text

@@ -39,7 +39,9 @@ def check_layer(layer: nn.Module, x: Tensor, context: Tensor | None = None) -> N
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-@pytest.mark.parametrize("mask", [half_mask(5), half_mask(5, first=True), alternating_mask(5)], ids=["b", "a", "alternating"])
+@pytest.mark.parametrize(
+    "mask", [half_mask(5), half_mask(5, first=True), alternating_mask(5)], ids=["b", "a", "alternating"]
+)
 def test_laws(mask: Tensor, transform: Any, backend: str) -> None:
     check_layer(coupling(mask, transform), testing.random_tensor((4, 5), torch.float64))
 
@@ -205,7 +207,7 @@ def test_permutation_squeeze_and_factor_out() -> None:
     y = testing.random_tensor((3, 7), torch.float64)
     check_layer(layer, y)
     assert torch.equal(layer(y)[0][:, :3], y[:, :3])
-    with pytest.raises(ValueError, match="permutation must hold each of 0..2 once"):
+    with pytest.raises(ValueError, match=r"permutation must hold each of 0\.\.2 once"):
         Permutation([0, 1, 1])
     with pytest.raises(ValueError, match="shape must have even height and width"):
         Squeeze((1, 3, 4))

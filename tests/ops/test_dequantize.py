@@ -97,7 +97,11 @@ def test_determinism_and_threads() -> None:
         ({"x": torch.tensor([[0, 256]])}, ValueError, "x must hold grey levels 0 to 255, got values from 0 to 256"),
         ({"x": torch.tensor([[-1.0, 2.0]])}, ValueError, "got values from -1.0 to 2.0"),
         ({"x": torch.tensor([[math.nan, 2.0]])}, ValueError, "x must hold grey levels"),
-        ({"levels": 16, "x": torch.tensor([[16]], dtype=torch.uint8)}, ValueError, "grey levels 0 to 15, got values from 16"),
+        (
+            {"levels": 16, "x": torch.tensor([[16]], dtype=torch.uint8)},
+            ValueError,
+            "grey levels 0 to 15, got values from 16",
+        ),
         ({"levels": 1}, ValueError, "levels must be 2 to 65536, got 1"),
         ({"levels": 16.0}, TypeError, "levels must be an int, got float"),
         ({"margin": 0.5}, ValueError, r"margin must be in \[0, 1/2\), got 0.5"),

@@ -35,8 +35,8 @@ def dequantize(
         y      = log p - log(1 - p)                     without `logit`:  y = (x + noise) / levels
         logdet = sum_i log dy_i/dx_i over the features
 
-    With uniform noise ``log density(y) + logdet`` is in the mean a lower bound of ``log P(x)``; with noise from a density q, less
-    ``log q(noise | x)``, it is the bound of variational dequantization.
+    With uniform noise ``log density(y) + logdet`` is in the mean a lower bound of ``log P(x)``; with noise from a
+    density q, less ``log q(noise | x)``, it is the bound of variational dequantization.
 
     Args:
         x: (..., D) grey levels 0 to levels - 1, uint8 or any other integers or floats that hold whole numbers.
@@ -50,10 +50,11 @@ def dequantize(
         y (..., D) and logdet (...) in nats.
 
     Raises:
-        TypeError, ValueError: the argument, what it was and what it should be; grey levels outside of 0 to levels - 1.
+        TypeError, ValueError: the argument, what it was and what it should be; grey levels outside of 0 to
+            levels - 1.
 
-    Sources: Theis et al. 2016, arXiv:1511.01844; Ho et al. 2019 (Flow++), arXiv:1902.00275; the logit: Dinh et al. 2017,
-    arXiv:1605.08803.
+    Sources: Theis et al. 2016, arXiv:1511.01844; Ho et al. 2019 (Flow++), arXiv:1902.00275; the logit: Dinh et al.
+    2017, arXiv:1605.08803.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -107,7 +108,8 @@ def _check_levels(x: Tensor, levels: int) -> None:
 def bits_per_dim(log_prob: Tensor, features: int) -> Tensor:
     """``-log_prob / (features log 2)``: bits per dimension from log-probabilities in nats.
 
-    For images `log_prob` must be that of the grey levels: a density of dequantized values plus `dequantize`'s log-det.
+    For images `log_prob` must be that of the grey levels: a density of dequantized values plus `dequantize`'s
+    log-det.
     """
     check_float_tensor("log_prob", log_prob)
     if isinstance(features, bool) or not isinstance(features, int) or features < 1:

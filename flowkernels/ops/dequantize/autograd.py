@@ -55,7 +55,9 @@ class DequantizeBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, noise: Tensor, seed: Tensor, y: Tensor, *options: Any) -> Tensor:
+    def forward(
+        grad_y: Tensor, grad_logdet: Tensor, x: Tensor, noise: Tensor, seed: Tensor, y: Tensor, *options: Any
+    ) -> Tensor:
         _, levels, logit, margin, _ = options
         return _gradient(grad_y, grad_logdet, y, levels, logit, margin)
 

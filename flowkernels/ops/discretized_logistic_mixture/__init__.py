@@ -17,8 +17,8 @@ def discretized_logistic_mixture(
     r"""log P of every grey level: the mass that a mixture of logistics has in the level's bin.
 
     Level x stands for ``v = 2 x / (levels - 1) - 1`` in [-1, 1] and owns the bin ``v - 1 / (levels - 1)`` to
-    ``v + 1 / (levels - 1)``; the bins of the first and the last level reach to infinity, so the masses of all levels sum to 1.
-    With a and b the bin's ends in units of a component's scale, its mass is exactly
+    ``v + 1 / (levels - 1)``; the bins of the first and the last level reach to infinity, so the masses of all
+    levels sum to 1. With a and b the bin's ends in units of a component's scale, its mass is exactly
     ``sigmoid(a) sigmoid(-b) (1 - exp(b - a))``: nothing cancels, and no mass is ever cut off.
 
     Args:
@@ -30,7 +30,8 @@ def discretized_logistic_mixture(
         (...) log-probabilities in nats.
 
     Raises:
-        TypeError, ValueError: the argument, what it was and what it should be; grey levels outside of 0 to levels - 1.
+        TypeError, ValueError: the argument, what it was and what it should be; grey levels outside of 0 to
+            levels - 1.
 
     Source: Salimans et al. 2017 (PixelCNN++), arXiv:1701.05517.
     """
@@ -43,12 +44,14 @@ def discretized_logistic_mixture(
         raise ValueError(f"parameters must have 3 K numbers in the last dimension, got shape {tuple(parameters.shape)}")
     if parameters.shape[:-1] != x.shape:
         raise ValueError(
-            f"parameters must have shape (*{tuple(x.shape)}, 3 K), x's shape and K components, got {tuple(parameters.shape)}"
+            f"parameters must have shape (*{tuple(x.shape)}, 3 K), x's shape and K components, "
+            f"got {tuple(parameters.shape)}"
         )
     if x.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(x)
         if not (low >= 0 and high <= levels - 1):
-            raise ValueError(f"x must hold grey levels 0 to {levels - 1}, got values from {low.item()} to {high.item()}")
+            span = f"{low.item()} to {high.item()}"
+            raise ValueError(f"x must hold grey levels 0 to {levels - 1}, got values from {span}")
     logits, means, log_scales = parameters.chunk(3, dim=-1)
     half = 1.0 / (levels - 1)
     level = x.to(parameters.dtype)[..., None]
@@ -63,7 +66,9 @@ def discretized_logistic_mixture(
         (-torch.expm1(-torch.where(small, width, 0.5))).log(),
         torch.log1p(-torch.exp(-torch.where(small, 1.0, width))),
     )
-    below = torch.where(level < levels - 1, F.logsigmoid(upper), 0.0)  # of the last level: everything lies below infinity
+    below = torch.where(
+        level < levels - 1, F.logsigmoid(upper), 0.0
+    )  # of the last level: everything lies below infinity
     above = torch.where(level > 0, F.logsigmoid(-lower), 0.0)
     inner = (level > 0) & (level < levels - 1)
     mass = below + above + torch.where(inner, log_width, 0.0)

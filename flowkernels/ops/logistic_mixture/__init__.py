@@ -25,7 +25,8 @@ def logistic_mixture(
     inverse: bool = False,
     logdet: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Flow++'s elementwise transform: the distribution function of a mixture of logistics, a logit, and an affine transform.
+    r"""Flow++'s elementwise transform: the distribution function of a mixture of logistics, a logit, and an affine
+    transform.
 
     With K components of weights pi = softmax(logits), means mu and scales s::
 
@@ -33,15 +34,15 @@ def logistic_mixture(
         y      = sigma logit(P(x)) + shift
         logdet = sum_i log dy_i/dx_i over the last dimension (its negative when `inverse`), in nats
 
-    Everything is calculated from log P and log (1 - P), so both tails are exact. The inverse starts from a bracket that the
-    components give and is Newton's method inside of it, bisection where that fails: it always converges. Its gradient is that
-    of the implicit function theorem. Between components that are many scales apart the transform is flat, and there
-    the inverse is as ill-conditioned as mathematics makes it.
+    Everything is calculated from log P and log (1 - P), so both tails are exact. The inverse starts from a bracket
+    that the components give and is Newton's method inside of it, bisection where that fails: it always converges.
+    Its gradient is that of the implicit function theorem. Between components that are many scales apart the
+    transform is flat, and there the inverse is as ill-conditioned as mathematics makes it.
 
     Args:
         x: (..., D), float64, float32, bfloat16 or float16; halves are calculated in float32.
-        parameters: (..., D, 3 K + 2), broadcastable to x's shape and one more dimension: shift, scale, K logits, K means, K
-            logarithms of scales. K is 1 to 64.
+        parameters: (..., D, 3 K + 2), broadcastable to x's shape and one more dimension: shift, scale, K logits, K
+            means, K logarithms of scales. K is 1 to 64.
         law: scale law of sigma: a name or a `ScaleLaw` with its parameters.
         min_log_scale: smaller logarithms of scales are raised to this one, and get no gradient.
         inverse: transform y back to x.
@@ -71,7 +72,9 @@ def logistic_mixture(
         given = tuple(parameters.shape)
         fits = len(given) <= len(full) and all(a in (1, b) for a, b in zip(given[::-1], full[::-1], strict=False))
         if not fits:
-            raise ValueError(f"parameters must broadcast to {full}, x's shape and the mixture's parameters, got {given}")
+            raise ValueError(
+                f"parameters must broadcast to {full}, x's shape and the mixture's parameters, got {given}"
+            )
         parameters = parameters.expand(full)
     dtype = COMPUTE_DTYPE[x.dtype]
     if logdet is not None:

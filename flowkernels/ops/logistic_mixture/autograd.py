@@ -1,4 +1,4 @@
-"""Gradients of logistic_mixture. The inverse keeps its output: from there the implicit function theorem needs no search."""
+"""Gradients of logistic_mixture. The inverse keeps its output: from there nothing has to be searched for again."""
 
 from __future__ import annotations
 

@@ -75,7 +75,8 @@ def logistic_mixture_backward(
     law_parameters: list[float],
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of the input, gradient of the parameters), by autograd; x is the forward direction's input in both cases."""
+    """(gradient of the input, gradient of the parameters), by autograd; x is the forward direction's input in both
+    cases."""
     options = (None, min_log_scale, law, law_parameters)
     given = logistic_mixture(x, parameters, *options, False)[0] if inverse else x
     with torch.enable_grad():

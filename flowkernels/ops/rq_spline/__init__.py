@@ -30,13 +30,13 @@ def rq_spline(
         y      = y_k + h (s theta^2 + d_k t) / (s + (d_k + d_k+1 - 2 s) t)
         logdet = sum_i log dy_i/dx_i over the last dimension (its negative when `inverse`), in nats
 
-    The inverse solves the quadratic with a discriminant that is a sum of squares and a root that subtracts nothing. Outside
-    [-bound, bound] the transform is the identity, and the gradients of the parameters are zero.
+    The inverse solves the quadratic with a discriminant that is a sum of squares and a root that subtracts
+    nothing. Outside [-bound, bound] the transform is the identity, and the gradients of the parameters are zero.
 
     Args:
         x: (..., D), float64, float32, bfloat16 or float16; halves are calculated in float32.
-        parameters: (..., D, 3 K - 1), broadcastable to x's shape and one more dimension: K widths, K heights, K - 1 slopes,
-            unconstrained; same dtype and device. Strided views are read in place.
+        parameters: (..., D, 3 K - 1), broadcastable to x's shape and one more dimension: K widths, K heights,
+            K - 1 slopes, unconstrained; same dtype and device. Strided views are read in place.
         spline: an `RQSpline`: bins, bounds and how the parameters are read (nflows' or zuko's way).
         inverse: transform y back to x.
         logdet: (...), a running log-det that this one is added to.
@@ -58,8 +58,8 @@ def rq_spline(
     count = spline.params_per_feature
     if parameters.dim() < 1 or parameters.shape[-1] != count:
         raise ValueError(
-            f"parameters must have {count} numbers per feature (3 bins - 1 with bins={spline.bins}) in the last dimension, "
-            f"got shape {tuple(parameters.shape)}"
+            f"parameters must have {count} numbers per feature (3 bins - 1 with bins={spline.bins}) in the last "
+            f"dimension, got shape {tuple(parameters.shape)}"
         )
     full = (*x.shape, count)
     if parameters.shape != full:
