@@ -132,6 +132,13 @@ def _spline_or_left(transform: Any) -> None:
         raise Left("no kernel for these bins and bounds")
 
 
+def _default_scale(transform: Any) -> None:
+    """Releases after 0.14 let users choose the activation of the scale."""
+    chosen = transform.__dict__.get("scale_activation")
+    if chosen is not None and chosen is not getattr(type(transform), "DEFAULT_SCALE_ACTIVATION", None):
+        raise Left("a scale activation of its own")
+
+
 def adapters() -> list[Adapter]:
     from nflows.transforms import autoregressive, coupling, made
 
@@ -163,7 +170,7 @@ def adapters() -> list[Adapter]:
             coupling.AffineCouplingTransform,
             (*both_ways, "_scale_and_shift"),
             AffineCoupling,
-            lambda transform: None,
+            _default_scale,
             "split, transform and merge by affine_coupling; its network stays with nflows",
             closed=False,
         ),
