@@ -51,7 +51,7 @@ def forward_kernel(
         y = e / total
         if HARD:
             at = tl.arange(0, BLOCK)[None, :]
-            y = tl.where(total == total, tl.where(at == index, y * 0.0 + 1.0, 0.0), y)
+            y = tl.where(total > 0.0, tl.where(at == index, y * 0.0 + 1.0, 0.0), y)
         tl.store(y_ptr + r * classes + c, y.to(y_ptr.dtype.element_ty), mask=inside)
     else:
         top = tl.full((ROWS, 1), float("-inf"), COMPUTE)
@@ -76,7 +76,7 @@ def forward_kernel(
             )
             y = exp((p - top) / tau) / total
             if HARD:
-                y = tl.where(total == total, tl.where(c == index, y * 0.0 + 1.0, 0.0), y)
+                y = tl.where(total > 0.0, tl.where(c == index, y * 0.0 + 1.0, 0.0), y)
             tl.store(y_ptr + r * classes + c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
