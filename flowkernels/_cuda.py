@@ -116,9 +116,11 @@ def choose(operator: str, forced: str) -> tuple[str, str]:
     """(backend, why) for CUDA tensors; `forced` is what `use_backend` asked for, or "auto"."""
     if forced in ("cuda", "triton"):
         reason = why_not(forced, operator)
-        if reason is not None:
-            raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
-        return forced, "asked for by use_backend"
+        if reason is None:
+            return forced, "asked for by use_backend"
+        if operator.endswith("_backward") and why_not(forced, operator.removesuffix("_backward")) is None:
+            return "reference", reason  # the operator itself has a kernel; its gradient is plain PyTorch
+        raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
     if forced == "cpu":
         raise RuntimeError(f"backend 'cpu' cannot run {operator} on CUDA tensors: move them, or leave the choice to 'auto'")
     if forced == "reference":

@@ -73,3 +73,34 @@ for plan in ("two_layers", "shuffled", "several_blocks", "residual_context"):
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path, name: value}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 5), (3, 130), (9, 700), (2, 1025), (1, 9001)], ids=str)
+def test_gumbel_softmax(host_kernels: Any, shape: tuple[int, int]) -> None:
+    """The same stream as everywhere: the noise of an element does not depend on the kernel."""
+    from flowkernels.ops.gumbel_softmax import reference
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        logits = torch.randn(shape, generator=generator, dtype=dtype)
+        tau = torch.rand(shape[0], generator=generator, dtype=dtype) + 0.5
+        grad = torch.randn(shape, generator=generator, dtype=dtype)
+        seed = torch.tensor(0x123456789ABCDEF)
+        soft = host_kernels.gumbel_softmax(logits, tau, seed, 3, False)
+        plain = reference.gumbel_softmax(logits, tau, seed, 3, False)
+        assert torch.allclose(soft, plain, rtol=100 * bound, atol=bound)
+        assert torch.equal(
+            host_kernels.gumbel_softmax(logits, tau, seed, 3, True), reference.gumbel_softmax(logits, tau, seed, 3, True)
+        )
+        ours = host_kernels.gumbel_softmax_backward(grad, soft, tau, True)
+        theirs = reference.gumbel_softmax_backward(grad.double(), soft.double(), tau.double(), True)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a.double(), b, rtol=1000 * bound, atol=10 * bound)
+
+
+def test_gumbel_softmax_of_impossible_rows(host_kernels: Any) -> None:
+    logits = torch.tensor([[-torch.inf] * 3, [0.0, torch.nan, 1.0], [-torch.inf, 0.0, -torch.inf]])
+    for hard in (False, True):
+        y = host_kernels.gumbel_softmax(logits, torch.ones(3), torch.tensor(1), 0, hard)
+        assert y[:2].isnan().all()
+        assert y[2].tolist() == [0.0, 1.0, 0.0]

@@ -54,7 +54,7 @@ def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tu
     index = logits.new_empty(rows, samples, dtype=torch.int64)
     log_prob, logsumexp = logits.new_empty(rows, samples), logits.new_empty(rows)
     if rows:
-        per, block, launch = blocks(classes)
+        per, block, launch = blocks(classes, logits.dtype)
         compute = tl.float64 if logits.dtype == torch.float64 else tl.float32
         forward_kernel[(triton.cdiv(rows, per), samples)](
             logits, seed, index, log_prob, logsumexp, rows, classes, *logits.stride(), stream, samples, compute, per, block,
@@ -68,6 +68,6 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
     for dtype, compute in (("fp32", tl.float32), ("fp64", tl.float64)):
         pointers = {n: f"*{dtype}" for n in ("logits_ptr", "log_prob_ptr", "logsumexp_ptr")}
         pointers |= {"seed_ptr": "*i64", "index_ptr": "*i64"}
-        for block in (1024, MAX_BLOCK):
+        for block in (1024, MAX_BLOCK // 2 if dtype == "fp64" else MAX_BLOCK):
             constants = {"COMPUTE": compute, "ROWS": 1, "BLOCK": block}
-            yield f"gumbel_argmax {dtype} {block}", forward_kernel, pointers, constants, options(block)
+            yield f"gumbel_argmax {dtype} {block}", forward_kernel, pointers, constants, options(block, dtype == "fp64")

@@ -51,7 +51,7 @@ def forward_kernel(
         y = e / total
         if HARD:
             at = tl.arange(0, BLOCK)[None, :]
-            y = tl.where(total == total, tl.where(at == index, y * 0.0 + 1.0, 0.0), y)
+            y = tl.where(total > 0.0, tl.where(at == index, y * 0.0 + 1.0, 0.0), y)
         tl.store(y_ptr + r * classes + c, y.to(y_ptr.dtype.element_ty), mask=inside)
     else:
         top = tl.full((ROWS, 1), float("-inf"), COMPUTE)
@@ -76,7 +76,7 @@ def forward_kernel(
             )
             y = exp((p - top) / tau) / total
             if HARD:
-                y = tl.where(total == total, tl.where(c == index, y * 0.0 + 1.0, 0.0), y)
+                y = tl.where(total > 0.0, tl.where(c == index, y * 0.0 + 1.0, 0.0), y)
             tl.store(y_ptr + r * classes + c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -110,22 +110,23 @@ def backward_kernel(
         tl.store(grad_tau_ptr + r, -tl.sum(for_tau, 1)[:, None], mask=live)
 
 
-def blocks(classes: int) -> tuple[int, int, dict[str, int]]:
-    """(rows, columns) of a program's block, and its warps; the window of a row is up to three elements longer than the row."""
-    block = min(MAX_BLOCK, max(4, next_power_of_2(classes + 3)))
-    return max(1, 1024 // block), block, options(block)
+def blocks(classes: int, dtype: torch.dtype, *, backward: bool = False) -> tuple[int, int, dict[str, int]]:
+    """(rows, columns) of a program's block, and its launch options; a row's window is up to three elements longer than the row."""
+    most = MAX_BLOCK // 2 if dtype == torch.float64 else MAX_BLOCK
+    block = min(most, max(4, next_power_of_2(classes + 3)))
+    return max(1, 1024 // block), block, options(block, backward or dtype == torch.float64)
 
 
-def options(block: int) -> dict[str, int]:
-    """Eight elements to a thread. One stage: the pipeline of the loops would only cost registers."""
-    return {"num_warps": max(4, block // 256), "num_stages": 1}
+def options(block: int, heavy: bool) -> dict[str, int]:
+    """Eight elements to a thread, or four: more would spill. One stage: the pipeline of the loops would only cost registers."""
+    return {"num_warps": min(16, max(8 if heavy else 4, block // (128 if heavy else 256))), "num_stages": 1}
 
 
 def gumbel_softmax(logits: Tensor, tau: Tensor, seed: Tensor, stream: int, hard: bool) -> Tensor:
     rows, classes = logits.shape
     y = logits.new_empty(rows, classes)
     if rows * classes:
-        per, block, launch = blocks(classes)
+        per, block, launch = blocks(classes, logits.dtype)
         compute = tl.float64 if logits.dtype == torch.float64 else tl.float32
         forward_kernel[(triton.cdiv(rows, per),)](
             logits, tau, seed, y, rows, classes, *logits.stride(), tau.stride(0), stream,
@@ -138,7 +139,7 @@ def gumbel_softmax_backward(grad: Tensor, y: Tensor, tau: Tensor, for_tau: bool)
     rows, classes = y.shape
     out, grad_tau = y.new_empty(rows, classes), y.new_empty(rows if for_tau else 0)
     if rows:
-        per, block, launch = blocks(classes)
+        per, block, launch = blocks(classes, y.dtype, backward=True)
         compute = tl.float64 if y.dtype == torch.float64 else tl.float32
         backward_kernel[(triton.cdiv(rows, per),)](
             grad, y, tau, out, grad_tau, rows, classes, *grad.stride(), *y.stride(), tau.stride(0),
@@ -153,12 +154,12 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
     for dtype, compute in (("fp32", tl.float32), ("fp64", tl.float64)):
         pointers = {n: f"*{dtype}" for n in ("logits_ptr", "tau_ptr", "y_ptr", "grad_ptr", "out_ptr", "grad_tau_ptr")}
         pointers["seed_ptr"] = "*i64"
-        for block in (1024, MAX_BLOCK):
+        for block in (1024, MAX_BLOCK // 2 if dtype == "fp64" else MAX_BLOCK):
             size = {"COMPUTE": compute, "ROWS": 1, "BLOCK": block}
             for single in (True, False):
                 for hard in (True, False):
                     constants = {"HARD": hard, "SINGLE": single, **size}
                     label = f"gumbel_softmax {dtype} {block} single={single} hard={hard}"
-                    yield label, forward_kernel, pointers, constants, options(block)
+                    yield label, forward_kernel, pointers, constants, options(block, dtype == "fp64")
             constants = {"TINY": 1e-38, "FOR_TAU": True, **size}
-            yield f"gumbel_softmax backward {dtype} {block}", backward_kernel, pointers, constants, options(block)
+            yield f"gumbel_softmax backward {dtype} {block}", backward_kernel, pointers, constants, options(block, True)

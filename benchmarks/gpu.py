@@ -1,0 +1,485 @@
+"""``python -m benchmarks.gpu`` (``make gpu``): tests, ceilings and timings of the GPU kernels, in ten minutes at most.
+
+Every part runs in a process of its own with a time limit, writes what it has after every figure, and cannot take the others'
+results with it: a crash of a kernel spoils its process only. No figure is written for a result that was not right in the same
+run. The results go to ``benchmarks/results/gpu-<device>-<commit>.json``; the table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 570.0  # seconds for everything after the build
+
+
+def log(*words: object) -> None:
+    print(*words, flush=True)
+
+
+# ---- timing ------------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(run: Callable[[], Any], *, graph: bool = True, seconds: float = 0.5) -> tuple[float, float, float]:
+    """(p20, p50, p80) of a call: replays of a CUDA graph where it can be captured, timed by events."""
+    import torch
+
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    call = run
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        call = captured.replay
+        call()
+        torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    once = max(begin.elapsed_time(end), 1e-3)
+    times = []
+    for _ in range(max(5, min(200, int(1000 * seconds / once)))):
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    times.sort()
+    return times[len(times) // 5], times[len(times) // 2], times[len(times) * 4 // 5]
+
+
+class Report:
+    """The rows of one part, written out after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, []  # type: ignore[var-annotated]
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        self.path.write_text(json.dumps(self.rows))
+        log("  ", *(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()))
+
+    def time(
+        self, family: str, case: str, variant: str, run: Callable[[], Any], *, check: Callable[[Any], float] | None = None,
+        bound: float = 0.0, moved: float = 0.0, flops: float = 0.0, graph: bool = True, **more: Any,
+    ) -> None:  # fmt: skip
+        """Checks, times and notes one variant; what fails is noted as failed and the next one goes on."""
+        try:
+            error = None
+            if check is not None:
+                error = check(run())
+                if not error <= bound:
+                    self.add(family=family, case=case, variant=variant, wrong=error, bound=bound)
+                    return
+            p20, p50, p80 = milliseconds(run, graph=graph)
+        except Exception as problem:
+            self.add(family=family, case=case, variant=variant, failed=f"{type(problem).__name__}: {str(problem)[:300]}")
+            return
+        row = {"family": family, "case": case, "variant": variant, "ms": p50, "p20": p20, "p80": p80, **more}
+        if error is not None:
+            row["error"] = error
+        if moved:
+            row["gb_per_s"] = moved / p50 / 1e6
+        if flops:
+            row["tflop_per_s"] = flops / p50 / 1e9
+        self.add(**row)
+
+
+def relative(got: Any, truth: Any) -> float:
+    """The largest error over the largest value, of the worst of several tensors; NaN if anything is NaN."""
+    worst = 0.0
+    for a, b in zip(got, truth, strict=True):
+        scale = b.abs().max().item() or 1.0
+        error = (a.double() - b.double()).abs().max().item() / scale
+        worst = error if math.isnan(error) else max(worst, error)
+    return worst
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------------
+
+
+def ceilings(report: Report) -> None:
+    """Copy bandwidth, GEMM rates, graph launch, barriers."""
+    import torch
+
+    a = torch.randn(1 << 28, device="cuda")
+    b = torch.empty_like(a)
+    report.time("ceiling", "copy 1 GiB", "torch", lambda: b.copy_(a), moved=2.0 * a.numel() * 4)
+    del a, b
+    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("tf32", torch.float32, True), ("fp32", torch.float32, False)):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        n = 8192
+        x, y = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        report.time("ceiling", f"GEMM {n} {name}", "cuBLAS", lambda x=x, y=y: x @ y, flops=2.0 * n**3)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "ceilings"
+        major, minor = torch.cuda.get_device_capability()
+        arch = f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"
+        subprocess.run(["nvcc", "-O3", "-std=c++17", arch, str(ROOT / "benchmarks/ceilings.cu"), "-o", str(program)], check=True)
+        done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    for line in done.stdout.splitlines():
+        name, value = line.split()
+        report.add(family="ceiling", case=name, variant="measured", value=float(value))
+
+
+def affine_coupling(report: Report) -> None:
+    import torch
+
+    import flowkernels as fk
+    from flowkernels import _cuda
+    from flowkernels.ops.affine_coupling import reference
+    from flowkernels.scales import ScaleLaw
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, features in ((65536, 1024), (65536, 256)):
+            x, shift, scale, grad = (torch.randn(rows, features, device="cuda", dtype=dtype) for _ in range(4))
+            law = ScaleLaw("softplus")
+            options = (None, law.code, law.numbers, 0, False)
+            small = slice(0, 512)
+            truth = reference.affine_coupling(*(t[small].double() for t in (x, shift, scale)), None, *options)
+            sums = torch.randn(rows, device="cuda")
+            truth_back = reference.affine_coupling_backward(
+                *(t[small].double() for t in (grad, sums, x, shift, scale)), *options, 7
+            )
+            size, bound = x.element_size() * x.numel(), 5e-6 if dtype == torch.float32 else 2e-2
+            case = f"{rows}x{features} {str(dtype).removeprefix('torch.')}"
+
+            def first(out: Any) -> list[Any]:
+                return [t[small] for t in out]
+
+            for name in ("cuda", "triton"):
+                if _cuda.why_not(name, "affine_coupling"):
+                    report.add(family="affine_coupling", case=case, variant=name, failed=_cuda.why_not(name, "affine_coupling"))
+                    continue
+                run, back = (_cuda._kernel(name, op) for op in ("affine_coupling", "affine_coupling_backward"))
+                report.time("affine_coupling", f"forward {case}", name, lambda run=run: run(x, shift, scale, None, *options),
+                            check=lambda out: relative(first(out), truth), bound=bound, moved=4 * size)  # fmt: skip
+                report.time("affine_coupling", f"backward {case}", name,
+                            lambda back=back: back(grad, sums, x, shift, scale, *options, 7),
+                            check=lambda out: relative(first(out), truth_back), bound=bound, moved=7 * size)  # fmt: skip
+
+            def plain(x: Any, shift: Any, scale: Any) -> Any:
+                sigma = torch.nn.functional.softplus(scale) + 1e-3
+                return sigma * x + shift, sigma.log().sum(-1)
+
+            check = lambda out: relative(first(out), truth)  # noqa: E731
+            report.time("affine_coupling", f"forward {case}", "eager", lambda: plain(x, shift, scale), check=check,
+                        bound=10 * bound, moved=4 * size)  # fmt: skip
+            if features == 1024:
+                compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs", dynamic=False)
+                report.time("affine_coupling", f"forward {case}", "torch.compile", lambda: compiled(x, shift, scale),
+                            check=check, bound=10 * bound, moved=4 * size)  # fmt: skip
+                leaves = [t.clone().requires_grad_() for t in (x, shift, scale)]
+
+                def both(function: Callable[..., Any]) -> list[Any]:
+                    y, logdet = function(*leaves)
+                    return torch.autograd.grad([y, logdet], leaves, [grad, sums.to(logdet.dtype)])
+
+                for name, function in (("auto", fk_affine(fk)), ("eager", plain), ("torch.compile", compiled)):
+                    report.time("affine_coupling", f"forward+backward {case}", name, lambda function=function: both(function),
+                                check=lambda out: relative(first(out), truth_back), bound=10 * bound,
+                                moved=11 * size, graph=False)  # fmt: skip
+
+
+def fk_affine(fk: Any) -> Callable[..., Any]:
+    return lambda x, shift, scale: fk.ops.affine_coupling(x, shift, scale, law="softplus")
+
+
+def maf(report: Report) -> None:
+    """Sampling and density of D=784, H=1024, two hidden layers, and of the smaller flow of the CPU benchmarks."""
+    import torch
+
+    import flowkernels as fk
+
+    if fk._cuda.choose("maf", "auto")[0] == "reference":
+        report.add(family="maf", case="all", variant="auto", failed=fk._cuda.choose("maf", "auto")[1])
+        return
+    torch.manual_seed(0)
+    for features, hidden, batches in ((784, 1024, (1, 64, 1024, 16384)), (63, 512, (1, 1000, 16384))):
+        flow = fk.models.MAF(features, (hidden, hidden), 5).cuda()
+        one = fk.models.MAF(features, (hidden, hidden), 1).cuda()
+        for p in [*flow.parameters(), *one.parameters()]:
+            p.requires_grad_(False)
+        pairs = sum(int(m.sum()) for layer in flow.modules() if hasattr(layer, "plan") for m in layer.plan.masks)
+        for batch in batches:
+            z = torch.randn(batch, features, device="cuda")
+            case, flops = f"D={features} H={hidden} B={batch}", 2.0 * pairs * batch
+            few = z[: min(batch, 32)]
+            with fk.use_backend("reference"):
+                truth = one.double().inverse(few.double())
+            one.float()
+            report.time("maf", f"inverse, 1 transform, {case}", "auto", lambda: one.inverse(z),
+                        check=lambda out: relative([t[: len(few)] for t in out], truth), bound=1e-4, flops=flops / 5)  # fmt: skip
+            # The right answer of a long chain is what the density direction takes back to where it came from.
+            report.time("maf", f"inverse, 5 transforms, {case}", "auto", lambda: flow.inverse(z),
+                        check=lambda out: relative([flow.transform(out[0])[0]], [z]), bound=1e-2, flops=flops)  # fmt: skip
+            x = z
+            report.time("maf", f"log_prob, 5 transforms, {case}", "auto", lambda: flow.log_prob(x), flops=flops)
+            with fk.use_backend("reference"):
+                report.time("maf", f"log_prob, 5 transforms, {case}", "eager masks", lambda: flow.log_prob(x), flops=flops)
+        for batch in (1, 1024 if features == 784 else 1000):
+            z = torch.randn(batch, features, device="cuda")
+            with fk.use_backend("reference"):
+                for graph in (True, False):
+                    report.time("maf", f"inverse, 1 transform, D={features} H={hidden} B={batch}",
+                                f"naive loop, {'CUDA graph' if graph else 'eager'}", lambda: one.inverse(z), graph=graph)  # fmt: skip
+        z = torch.randn(1024, features, device="cuda")
+        for p in flow.parameters():
+            p.requires_grad_(True)
+
+        def rsample() -> list[Any]:
+            x, logdet = flow.inverse(z)
+            return list(torch.autograd.grad(x.square().sum() + logdet.sum(), list(flow.parameters())))
+
+        report.time("maf", f"inverse forward+backward, 5 transforms, D={features} H={hidden} B=1024", "auto", rsample, graph=False)
+
+
+def gumbel(report: Report) -> None:
+    import torch
+
+    from flowkernels import _cuda
+    from flowkernels.ops.gumbel_softmax import reference
+
+    for rows, classes in ((65536, 1024), (65536, 256), (4096, 50257)):
+        logits = torch.randn(rows, classes, device="cuda")
+        tau = torch.ones((), device="cuda").expand(rows)
+        seed = torch.tensor(1234567, device="cuda")
+        size, case = 4 * logits.numel(), f"{rows}x{classes}"
+        few = slice(0, 256)
+        truth = [reference.gumbel_softmax(logits[few].contiguous(), tau[few], seed, 0, False)]
+        for name in ("cuda", "triton"):
+            reason = _cuda.why_not(name, "gumbel_softmax")
+            if reason:
+                report.add(family="gumbel_softmax", case=case, variant=name, failed=reason)
+                continue
+            run = _cuda._kernel(name, "gumbel_softmax")
+            back = _cuda._kernel(name, "gumbel_softmax_backward")
+            for hard in (False, True):
+                report.time("gumbel_softmax", f"forward hard={hard} {case}", name,
+                            lambda run=run, hard=hard: run(logits, tau, seed, 0, hard),
+                            check=None if hard else lambda out: relative([out[few]], truth), bound=1e-5, moved=2 * size)  # fmt: skip
+            y = run(logits, tau, seed, 0, False)
+            report.time("gumbel_softmax", f"backward {case}", name, lambda back=back, y=y: back(logits, y, tau, False),
+                        moved=3 * size)  # fmt: skip
+        function = torch.nn.functional.gumbel_softmax
+        report.time("gumbel_softmax", f"forward hard=False {case}", "F.gumbel_softmax", lambda: function(logits), moved=2 * size)
+        compiled = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+        report.time("gumbel_softmax", f"forward hard=False {case}", "torch.compile", lambda: compiled(logits), moved=2 * size,
+                    graph=False)  # fmt: skip
+
+
+def masked_linear(report: Report) -> None:
+    import torch
+
+    from flowkernels import _cuda
+    from flowkernels.ops.masked_linear import reference
+
+    reason = _cuda.why_not("triton", "masked_linear")
+    if reason:
+        report.add(family="masked_linear", case="all", variant="triton", failed=reason)
+        return
+    width = 1024
+    run, back = (_cuda._kernel("triton", op) for op in ("masked_linear", "masked_linear_backward"))
+    for degrees, label in ((torch.arange(width, device="cuda"), "sorted"), (torch.randperm(width, device="cuda"), "shuffled")):
+        mask = reference.mask_of(degrees, degrees, False)
+        for dtype in (torch.float32, torch.bfloat16):
+            for batch in (1024, 16384):
+                x, grad = (torch.randn(batch, width, device="cuda", dtype=dtype) for _ in range(2))
+                weight = torch.randn(width, width, device="cuda", dtype=dtype) / 32
+                bias = torch.randn(width, device="cuda", dtype=dtype)
+                case = f"{batch}x{width} {str(dtype).removeprefix('torch.')} {label}"
+                bound = 1e-5 if dtype == torch.float32 else 2e-2
+                exact = reference.masked_linear(*(t.double() for t in (x[:64], weight, bias)), degrees, degrees, False, 1)
+                flops = 2.0 * batch * int(mask.sum())
+                report.time("masked_linear", f"forward relu {case}", "triton",
+                            lambda: run(x, weight, bias, degrees, degrees, False, 1),
+                            check=lambda out: relative([out[:64]], [exact]), bound=bound, flops=flops)  # fmt: skip
+                report.time("masked_linear", f"backward {case}", "triton",
+                            lambda: back(grad, x, weight, degrees, degrees, False, True, True), flops=2 * flops,
+                            check=lambda out: relative([out[0][:64]], [grad[:64].double() @ (weight.double() * mask)]),
+                            bound=bound)  # fmt: skip
+                cast = mask.to(dtype)
+                report.time("masked_linear", f"forward relu {case}", "W*M, cuBLAS",
+                            lambda: torch.relu(torch.nn.functional.linear(x, weight * cast, bias)), flops=flops)  # fmt: skip
+                report.time("masked_linear", f"backward {case}", "W*M, cuBLAS",
+                            lambda: (grad @ (weight * cast), (grad.T @ x) * cast, grad.sum(0)), flops=2 * flops)  # fmt: skip
+
+
+def sanitizer(report: Report) -> None:
+    """compute-sanitizer over small calls of the CUDA C++ kernels."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        report.add(family="sanitizer", case="all", variant="compute-sanitizer", failed="compute-sanitizer is not on the PATH")
+        return
+    script = """
+import torch
+from cases import PLANS, affine_options, check_affine, check_maf
+kernels = torch.ops.flowkernels_cuda
+import flowkernels
+for law, form, inverse in list(affine_options())[::5]:
+    check_affine(kernels, 9, 70, torch.float32, law, form, inverse, device="cuda")
+for plan in ("two_layers", "residual_context", "wide_step"):
+    for inverse in (True, False):
+        check_maf(kernels, [PLANS[plan]()], 9, torch.float32, inverse, device="cuda")
+torch.cuda.synchronize()
+print("FINISHED")
+"""
+    path = os.pathsep.join([str(ROOT / "tests/gpu"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    for check in ("memcheck", "racecheck"):
+        try:
+            done = subprocess.run(
+                [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", script], cwd=ROOT, capture_output=True,
+                text=True, timeout=100, env={**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            report.add(family="sanitizer", case=check, variant="compute-sanitizer", failed="took longer than 100 s")
+            continue
+        text = done.stdout + done.stderr
+        verdict = "clean" if done.returncode == 0 and "FINISHED" in text else f"exit {done.returncode}: {text[-1500:]}"
+        report.add(family="sanitizer", case=check, variant="compute-sanitizer", **{"result" if verdict == "clean" else "failed": verdict})
+
+
+def tests(report: Report) -> None:
+    """The whole GPU test suite."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-x" if os.environ.get("FK_GPU_STOP") else "-q", "tests"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    log(done.stdout[-6000:], done.stderr[-2000:])
+    closing = (done.stdout.strip().splitlines() or ["nothing was printed"])[-1]
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    report.add(family="tests", case="pytest -m gpu", variant=closing, **({"failed": failed[:40] or closing} if done.returncode else {}))
+
+
+# In this order; the limits in seconds add up to less than LIMIT with what usually happens, and nobody can take all of it.
+PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
+    "ceilings": (ceilings, 60),
+    "tests": (tests, 180),
+    "maf": (maf, 150),
+    "affine_coupling": (affine_coupling, 120),
+    "gumbel": (gumbel, 100),
+    "masked_linear": (masked_linear, 100),
+    "sanitizer": (sanitizer, 210),
+}
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def describe() -> dict[str, Any]:
+    import torch
+
+    import flowkernels as fk
+
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda, "torch": torch.__version__, "triton": triton_version,
+        "python": platform.python_version(), "flowkernels": fk.__version__,
+        "commit": output("git", "rev-parse", "HEAD") or os.environ.get("FK_COMMIT", "unknown"),
+        "uncommitted": bool(output("git", "status", "--porcelain", "--untracked-files=no")),
+        "backends": list(fk.available_backends()), "explain": fk._cuda.explain(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Family by family: time, rate, share of the measured ceiling, time over the fastest other variant."""
+    copy = next((r.get("gb_per_s") for r in rows if r.get("case") == "copy 1 GiB"), None)
+    lines = []
+    for row in rows:
+        name = f"{row['family']}: {row['case']} [{row['variant']}]"
+        if "failed" in row:
+            lines.append(f"{name:<86} FAILED {str(row['failed'])[:110]}")
+        elif "wrong" in row:
+            lines.append(f"{name:<86} WRONG: error {row['wrong']:.3g}")
+        elif "ms" in row:
+            rate = f"{row['gb_per_s']:8.0f} GB/s" if "gb_per_s" in row else f"{row['tflop_per_s']:8.1f} TF/s" if "tflop_per_s" in row else ""
+            share = f"{100 * row['gb_per_s'] / copy:4.0f}% of copy" if copy and "gb_per_s" in row else ""
+            lines.append(f"{name:<86} {row['ms']:10.4f} ms {rate} {share}")
+        else:
+            lines.append(f"{name:<86} {row.get('value', row.get('result', 'ok'))}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=tuple(PARTS), help="run one part in this process")
+    parser.add_argument("--json", type=Path, help="where that part writes its rows")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    arguments = parser.parse_args()
+    if arguments.part:
+        PARTS[arguments.part][0](Report(arguments.json))
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        log("make gpu: torch sees no CUDA device; nothing was run")
+        return 1
+    begin = time.monotonic()
+    about = describe()
+    log(json.dumps(about, indent=1))
+    rows: list[dict[str, Any]] = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    device = about["device"].lower().replace(" ", "-")
+    target = arguments.out / f"gpu-{device}-{about['commit'][:10]}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.only:
+            left = LIMIT - (time.monotonic() - begin)
+            path = Path(folder) / f"{name}.json"
+            log(f"===== {name}")
+            if left < 10:
+                rows.append({"family": name, "case": "all", "variant": "-", "failed": "no time left"})
+                continue
+            command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--json", str(path)]
+            problem = ""
+            started = time.monotonic()
+            try:
+                code = subprocess.run(command, cwd=ROOT, timeout=min(left, PARTS[name][1])).returncode
+                problem = f"exit status {code}" if code else ""
+            except subprocess.TimeoutExpired:
+                problem = "ran out of time"
+            rows += json.loads(path.read_text()) if path.exists() else []
+            if problem:
+                rows.append({"family": name, "case": "the rest", "variant": "-", "failed": problem})
+            rows.append({"family": name, "case": "seconds", "variant": "-", "value": round(time.monotonic() - started, 1)})
+            target.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    log(f"\n{about['device']}, driver {about['driver']}, CUDA {about['cuda']}, torch {about['torch']}, Triton {about['triton']}, {about['commit'][:10]}")
+    log(table(rows))
+    log(f"{time.monotonic() - begin:.0f} s; {target}")
+    return 1 if any("failed" in row or "wrong" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The kernels on a real GPU: every backend that is there, at small sizes as everywhere and at real ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import PLANS, affine_options, check_affine, check_maf, made_masks
+
+import flowkernels as fk
+from flowkernels import _cuda
+from flowkernels.plan import Plan
+from flowkernels.scales import ScaleLaw
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+
+
+def kernels_of(name: str, operator: str) -> Any:
+    reason = _cuda.why_not(name, operator)
+    if reason:
+        pytest.skip(reason)
+    if name == "cuda":
+        return torch.ops.flowkernels_cuda
+    import importlib
+
+    module = importlib.import_module(_cuda.TRITON[operator][0])
+    return SimpleNamespace(**{n: getattr(module, n) for n in dir(module) if not n.startswith("__")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_affine_coupling(name: str, dtype: torch.dtype) -> None:
+    kernels = kernels_of(name, "affine_coupling")
+    for law, form, inverse in affine_options():
+        check_affine(kernels, 33, 70, dtype, law, form, inverse, device="cuda")
+    for layout in ("contiguous", "interleaved", "blocked", "transposed", "masked", "compact"):
+        for rows, features in ((0, 5), (1, 1), (9, 7), (3, 5000), (4000, 256)):
+            check_affine(kernels, rows, features, dtype, ScaleLaw("tanh"), "scale_shift", True, layout=layout, device="cuda")
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_maf(plan: str, inverse: bool) -> None:
+    kernels = kernels_of("cuda", "maf")
+    for dtype in (torch.float64, torch.float32):
+        for samples in (1, 9, 1000):
+            check_maf(kernels, [PLANS[plan]()], samples, dtype, inverse, device="cuda")
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+def test_maf_at_real_sizes(inverse: bool) -> None:
+    check_maf(kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float64, inverse, device="cuda")
+    check_maf(kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float32, inverse, device="cuda")
+
+
+def test_maf_of_images() -> None:
+    kernels_of("cuda", "maf")
+    torch.manual_seed(0)
+    flow = fk.models.MAF(784, (1024, 1024), 1).cuda()
+    z = torch.randn(40, 784, device="cuda")
+    with torch.no_grad():
+        x, logdet = flow.inverse(z)
+        again, back = flow.transform(x)
+        with fk.use_backend("reference"):
+            exact = flow.double().inverse(z.double())
+    assert torch.allclose(x.double(), exact[0], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(logdet.double(), exact[1], rtol=1e-4, atol=1e-3)
+    assert torch.allclose(again, z, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(back, -logdet, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows,classes", [(0, 3), (1, 1), (70, 5), (33, 130), (5, 9000), (3, 50257)])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gumbel(name: str, rows: int, classes: int) -> None:
+    from flowkernels.ops.gumbel_argmax import reference as argmax_reference
+    from flowkernels.ops.gumbel_softmax import reference
+
+    kernels = kernels_of(name, "gumbel_softmax")
+    logits = torch.randn(rows, classes, device="cuda")
+    tau = torch.rand(rows, device="cuda") + 0.5
+    seed = torch.tensor(0x123456789ABCDEF, device="cuda")
+    soft = kernels.gumbel_softmax(logits, tau, seed, 3, False)
+    plain = reference.gumbel_softmax(logits, tau, seed, 3, False)
+    assert torch.allclose(soft, plain, rtol=1e-4, atol=2e-6)
+    hard = kernels.gumbel_softmax(logits, tau, seed, 3, True)
+    assert torch.equal(hard.argmax(-1), reference.gumbel_softmax(logits, tau, seed, 3, True).argmax(-1)) if rows else True
+    grad = torch.randn_like(logits)
+    for a, b in zip(
+        kernels.gumbel_softmax_backward(grad, soft, tau, True),
+        reference.gumbel_softmax_backward(grad.double(), soft.double(), tau.double(), True),
+        strict=True,
+    ):
+        assert torch.allclose(a.double(), b, rtol=1e-3, atol=1e-4)
+    if name == "triton":
+        argmax = kernels_of("triton", "gumbel_argmax")
+        ours = argmax.gumbel_argmax(logits, seed, 0, 2)
+        theirs = argmax_reference.gumbel_argmax(logits, seed, 0, 2)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masked_linear(dtype: torch.dtype) -> None:
+    from flowkernels.ops.masked_linear import reference
+
+    kernels = kernels_of("triton", "masked_linear")
+    for samples, inputs, outputs, top in ((0, 3, 4, 3), (1, 1, 1, 1), (5, 7, 9, 4), (70, 130, 150, 12), (3000, 300, 265, 200)):
+        i, o = (torch.randint(0, top, (n,), device="cuda") for n in (inputs, outputs))
+        x, w, b, g = (torch.randn(*s, device="cuda", dtype=dtype) for s in
+                      ((samples, inputs), (outputs, inputs), (outputs,), (samples, outputs)))  # fmt: skip
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+
+        def close(a: torch.Tensor, b: torch.Tensor, bound: float = bound) -> None:
+            assert a.shape == b.shape
+            if a.numel():
+                assert (a.double() - b).abs().max() <= bound * max(1.0, b.abs().max().item())
+
+        for activation in range(9):
+            args = (i, o, activation % 2 == 0, activation)
+            close(kernels.masked_linear(x, w, b, *args), reference.masked_linear(x.double(), w.double(), b.double(), *args))
+        rest = (i, o, False, True, True)
+        for ours, exact in zip(
+            kernels.masked_linear_backward(g, x, w, *rest),
+            reference.masked_linear_backward(g.double(), x.double(), w.double(), *rest),
+            strict=True,
+        ):
+            close(ours, exact)
+
+
+# ---- through the public faces ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "triton"])
+def test_gradcheck(name: str) -> None:
+    if name != "auto" and _cuda.why_not(name, "affine_coupling"):
+        pytest.skip(str(_cuda.why_not(name, "affine_coupling")))
+    x, t, u = (torch.randn(3, 4, device="cuda", dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with fk.use_backend(name):
+        assert torch.autograd.gradcheck(lambda *a: fk.ops.affine_coupling(*a, law="softplus"), (x, t, u))
+
+
+def test_the_chain_has_a_gradient() -> None:
+    flow = fk.models.MAF(5, (12, 12), 2).cuda().double()
+    z = torch.randn(3, 5, device="cuda", dtype=torch.float64, requires_grad=True)
+    for call in (flow.inverse, flow.transform):
+        grads = torch.autograd.grad(sum(t.square().sum() for t in call(z)), [z, *flow.parameters()])
+        with fk.use_backend("reference"):
+            plain = torch.autograd.grad(sum(t.square().sum() for t in call(z)), [z, *flow.parameters()])
+        for a, b in zip(grads, plain, strict=True):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_captured_in_a_graph() -> None:
+    flow = fk.models.MAF(20, (40, 40), 2).cuda().requires_grad_(False)
+    z = torch.randn(70, 20, device="cuda")
+    x = torch.randn(9, 16, device="cuda")
+    calls = [lambda: flow.inverse(z), lambda: flow.transform(z), lambda: fk.ops.affine_coupling(x, x, x)]
+    for call in calls:
+        expected = [t.clone() for t in call()]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = call()
+        for t in outputs:
+            t.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(outputs, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_on_another_stream_and_twice_the_same() -> None:
+    flow = fk.models.MAF(20, (40, 40), 2).cuda().requires_grad_(False)
+    z = torch.randn(700, 20, device="cuda")
+    first = flow.inverse(z)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = flow.inverse(z)
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_more_elements_than_an_int_counts() -> None:
+    features = 1024
+    rows = 2**31 // features + 7
+    if torch.cuda.mem_get_info()[0] < 8 * rows * features:
+        pytest.skip("too little device memory")
+    for name in ("cuda", "triton"):
+        if _cuda.why_not(name, "affine_coupling"):
+            continue
+        x = torch.ones(rows, features, device="cuda", dtype=torch.float16)
+        small = torch.full((1, 1), 0.5, device="cuda", dtype=torch.float16).expand(rows, features)
+        with fk.use_backend(name):
+            y, logdet = fk.ops.affine_coupling(x, small, small, law="exp")
+        assert torch.allclose(y[-3:].float(), torch.full((3, features), 2.1487, device="cuda"), rtol=1e-3)
+        assert torch.allclose(logdet[-3:], torch.full((3,), 512.0, device="cuda"), rtol=1e-3)
+
+
+def test_compiles_as_one_graph() -> None:
+    x, t, u = (torch.randn(64, 32, device="cuda") for _ in range(3))
+    compiled = torch.compile(lambda *a: fk.ops.affine_coupling(*a, law="softplus"), fullgraph=True)
+    for a, b in zip(compiled(x, t, u), fk.ops.affine_coupling(x, t, u, law="softplus"), strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_bad_input() -> None:
+    x = torch.zeros(3, 4, device="cuda")
+    with pytest.raises(ValueError, match=r"shift is on cpu, but x is on cuda"):
+        fk.ops.affine_coupling(x, torch.zeros(3, 4), x)
+    with fk.use_backend("reference"), pytest.raises(ValueError, match="use one device"):
+        fk.ops.affine_coupling(x, x, torch.zeros(3, 4))
+    if "cpu" in fk.available_backends():
+        with fk.use_backend("cpu"), pytest.raises(RuntimeError, match="CUDA tensors"):
+            fk.ops.affine_coupling(x, x, x)
