@@ -101,7 +101,10 @@ def named_plans() -> dict[str, Plan]:
         "one_feature_context": made_plan(1, (4,), context_features=2),
         "one_feature_no_hidden": made_plan(1, ()),
         "blocked_layout": Plan(
-            [*made_plan(4, (6,)).masks[:-1], made_plan(4, (6,)).masks[-1].reshape(4, 2, 6).transpose(0, 1).reshape(8, 6)],
+            [
+                *made_plan(4, (6,)).masks[:-1],
+                made_plan(4, (6,)).masks[-1].reshape(4, 2, 6).transpose(0, 1).reshape(8, 6),
+            ],
             layout="blocked",
         ),
         "scale_first": Plan(made_plan(4, (6,)).masks, parameters=("scale", "shift")),

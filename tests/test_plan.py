@@ -45,8 +45,10 @@ def check_times(plan: Plan) -> None:
     for times, sees in zip(plan.times, reach[:-1], strict=True):
         expected = [max((int(plan.step[i]) + 1 for i in row.nonzero()), default=0) for row in sees]
         assert times.tolist() == expected
-    rows = reach[-1].reshape(plan.features, per, -1) if plan.layout == "interleaved" else (
-        reach[-1].reshape(per, plan.features, -1).transpose(0, 1)
+    rows = (
+        reach[-1].reshape(plan.features, per, -1)
+        if plan.layout == "interleaved"
+        else (reach[-1].reshape(per, plan.features, -1).transpose(0, 1))
     )
     needs = rows.any(1)
     for feature in range(plan.features):
@@ -241,7 +243,12 @@ def test_pickle_and_deepcopy(plan: Plan) -> None:
     saved = io.BytesIO()
     torch.save(plan, saved)
     saved.seek(0)
-    for again in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan), copy.copy(plan), torch.load(saved, weights_only=False)):
+    for again in (
+        pickle.loads(pickle.dumps(plan)),
+        copy.deepcopy(plan),
+        copy.copy(plan),
+        torch.load(saved, weights_only=False),
+    ):
         assert again is not plan
         assert again.steps == plan.steps
         assert torch.equal(again.step, plan.step)

@@ -69,7 +69,9 @@ def test_any_made_is_autoregressive(data: st.DataObject) -> None:
     features = data.draw(st.integers(1, 7))
     residual = data.draw(st.booleans())
     width = st.integers(1, 12)
-    hidden = data.draw(st.lists(width, max_size=3)) if not residual else [data.draw(width)] * data.draw(st.integers(1, 2))
+    hidden = (
+        data.draw(st.lists(width, max_size=3)) if not residual else [data.draw(width)] * data.draw(st.integers(1, 2))
+    )
     torch.manual_seed(data.draw(st.integers(0, 99)))
     made = MADE(
         features,

@@ -106,9 +106,7 @@ def test_batch_sizes_without_a_bias(rows: int) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_degrees(ins: Tensor, outs: Tensor, strict: bool) -> None:
     for dtype in (torch.float64, torch.float32):
-        testing.check_against_reference(
-            bound(ins, outs, strict=strict), inputs((18, len(ins)), len(outs), dtype)
-        )
+        testing.check_against_reference(bound(ins, outs, strict=strict), inputs((18, len(ins)), len(outs), dtype))
 
 
 @settings(max_examples=60)
