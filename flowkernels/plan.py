@@ -75,7 +75,7 @@ class Plan:
         self.features = self.masks[0].shape[1]
         self._find_times()
         self._build_tables()
-        self.packs: dict[bool, Any] = {}  # of flowkernels/ops/maf/pack.py
+        self.packs: dict[Any, Any] = {}  # of flowkernels/ops/maf/pack.py
         self._on_device: dict[torch.device, tuple[tuple[Tensor, Tensor], list[Tensor]]] = {}
 
     def _check(self) -> None:

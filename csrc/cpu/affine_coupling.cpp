@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift,
     STD_TORCH_CHECK(
         logdet->scalar_type() == compute_type(x) && logdet->dim() == 1 && logdet->size(0) == x.size(0),
         "logdet must have one number per row, in the type that is calculated in");
-    running = torch::stable::contiguous(*logdet);
+    running = as_contiguous(*logdet);
     a.logdet_in = running->const_data_ptr();
   }
   a.y = rows(y);
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
   Tensor grad_scale = new_empty(scale, {n, needs & kNeedsScale ? scale.size(1) : 0});
   std::vector<Chunk> chunks;
   auto a = affine_arguments(x, shift, scale, positions, chunks, law, law_parameters, form, inverse);
-  const Tensor grad_rows = torch::stable::contiguous(grad_logdet);
+  const Tensor grad_rows = as_contiguous(grad_logdet);
   a.grad_y = rows(grad_y);
   a.grad_logdet = grad_rows.const_data_ptr();
   if (needs & kNeedsX) a.grad_x = rows(grad_x);

@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& x, const std::optional<Tenso
   const int64_t rows = x.size(0), features = x.size(1);
   const ScalarType type = in_double ? ScalarType::Double : ScalarType::Float;
   Tensor y = new_empty(x, {rows, features}, type), logdet = new_empty(x, {rows}, type);
-  const Tensor given = torch::stable::contiguous(x);
+  const Tensor given = as_contiguous(x);
   std::optional<Tensor> drawn;
-  if (noise) drawn = torch::stable::contiguous(*noise);
+  if (noise) drawn = as_contiguous(*noise);
   dispatch_float(y, [&]<class T>() {
     DequantizeArguments<T> a;
     a.x = given.const_data_ptr();

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Ten
 Tensor gumbel_argmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& normaliser, const Tensor& index) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   Tensor grad_logits = new_output(logits, {rows, classes});
-  const Tensor saved = torch::stable::contiguous(normaliser);
+  const Tensor saved = as_contiguous(normaliser);
   dispatch_float(logits, [&]<class T>() {
     ArgmaxArguments<T> a;
     a.logits = view<T>(logits);

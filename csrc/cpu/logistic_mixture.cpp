@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> logistic_mixture(const Tensor& x, const Tensor& param
                                             const std::vector<double>& law_parameters, bool inverse) {
   Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)});
   std::optional<Tensor> running;
-  if (logdet) running = torch::stable::contiguous(*logdet);
+  if (logdet) running = as_contiguous(*logdet);
   dispatch_float(x, [&]<class T>() {
     auto a = mixture_arguments<T>(x, parameters, min_log_scale, law, law_parameters, inverse);
     a.logdet_in = data_or_null<T>(running);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> logistic_mixture_backward(const Tensor& grad_y, const
                                                      const std::vector<double>& law_parameters, bool inverse) {
   Tensor grad_x = new_empty(x, {x.size(0), x.size(1)}),
          grad_parameters = new_empty(x, {x.size(0), x.size(1), parameters.size(2)});
-  const Tensor grad_rows = torch::stable::contiguous(grad_logdet);
+  const Tensor grad_rows = as_contiguous(grad_logdet);
   dispatch_float(x, [&]<class T>() {
     auto a = mixture_arguments<T>(x, parameters, min_log_scale, law, law_parameters, inverse);
     a.grad_y = element_view<T>(grad_y);

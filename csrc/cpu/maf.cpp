@@ -39,7 +39,7 @@ template <class T>
 void pack(const Net& net, const std::vector<Tensor>& parameters, const std::vector<Tensor>& masks, T* packed) {
   for (int64_t l = 0; l < net.layers; ++l) {
     const Layer& layer = net.layer[l];
-    const Tensor weights = torch::stable::contiguous(parameters[2 * layer.weight]);
+    const Tensor weights = as_contiguous(parameters[2 * layer.weight]);
     const T* weight = static_cast<const T*>(weights.const_data_ptr());
     const bool* mask = static_cast<const bool*>(masks[layer.weight].const_data_ptr());
     torch::stable::parallel_for(0, layer.panels, pack_grain(layer), [&](int64_t begin, int64_t end) {
@@ -47,9 +47,10 @@ void pack(const Net& net, const std::vector<Tensor>& parameters, const std::vect
                   [&](int64_t, int64_t, int64_t at) { return mask[at]; });
     });
     if (layer.bias >= 0) {
-      const Tensor biases = torch::stable::contiguous(parameters[2 * layer.weight + 1]);
+      const Tensor biases = as_contiguous(parameters[2 * layer.weight + 1]);
       const T* bias = static_cast<const T*>(biases.const_data_ptr());
       for (int64_t r = 0; r < layer.rows; ++r) packed[layer.bias + r] = bias[layer.perm[r]];
+      for (int64_t r = layer.rows; r < whole_chunks(layer.rows); ++r) packed[layer.bias + r] = T(0);
     }
   }
 }
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor
                                        const std::vector<Tensor>& packed, const std::vector<Tensor>& tables,
                                        const std::vector<int64_t>& codes, const std::vector<double>& numbers) {
   const int64_t samples = x.size(0), count = static_cast<int64_t>(tables.size());
-  const Tensor in = torch::stable::contiguous(x);
+  const Tensor in = as_contiguous(x);
   std::vector<Net> nets;
   std::vector<Kept> kepts;
   std::vector<Tensor> terms;
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor
       STD_TORCH_CHECK(nets[t].context_width == 0, "transform ", t, " needs a context");
       continue;
     }
-    terms.push_back(torch::stable::contiguous(contexts[t]));
+    terms.push_back(as_contiguous(contexts[t]));
     STD_TORCH_CHECK(terms[t].scalar_type() == in.scalar_type() && terms[t].size(0) == samples &&
                         terms[t].size(1) == nets[t].context_width,
                     "the context of transform ", t, " does not fit the input and the plan");
@@ -192,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_y, const Tens
                                                 const std::vector<int64_t>& codes, const std::vector<double>& numbers,
                                                 const std::vector<int64_t>& context_widths, bool want_parameters) {
   const int64_t samples = grad_y.size(0), count = static_cast<int64_t>(tables.size());
-  const Tensor grad_out = torch::stable::contiguous(grad_y), grad_rows = torch::stable::contiguous(grad_logdet);
+  const Tensor grad_out = as_contiguous(grad_y), grad_rows = as_contiguous(grad_logdet);
   std::vector<Net> nets, backs;
   int64_t parameters = 0, contexts = 0, most_rows = 0;
   for (int64_t t = 0; t < count; ++t) {

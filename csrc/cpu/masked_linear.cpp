@@ -79,7 +79,7 @@ inline DegreePlan plan_degrees(const Tensor& in_degrees, const Tensor& out_degre
 
 template <class T>
 void run_layer(const DegreePlan& plan, const Tensor& input, const Tensor& weight, const T* bias, Tensor& output) {
-  const Tensor weights = torch::stable::contiguous(weight);
+  const Tensor weights = as_contiguous(weight);
   Tensor packed = new_empty(weights, {plan.packed_size});
   T* to = static_cast<T*>(packed.mutable_data_ptr());
   const T* from = static_cast<const T*>(weights.const_data_ptr());
@@ -106,7 +106,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const std::optional<
   const DegreePlan plan = plan_degrees(in_degrees, out_degrees, strict, false, activation);
   Tensor y = new_empty(x, {x.size(0), out_degrees.numel()});
   std::optional<Tensor> biases;
-  if (bias) biases = torch::stable::contiguous(*bias);
+  if (bias) biases = as_contiguous(*bias);
   dispatch_float(x, [&]<class T>() { run_layer<T>(plan, x, weight, data_or_null<T>(biases), y); });
   return y;
 }

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> rq_spline(const Tensor& x, const Tensor& parameters, 
                                      int64_t bins, int64_t style, const std::vector<double>& numbers, bool inverse) {
   Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)});
   std::optional<Tensor> running;
-  if (logdet) running = torch::stable::contiguous(*logdet);
+  if (logdet) running = as_contiguous(*logdet);
   dispatch_float(x, [&]<class T>() {
     auto a = spline_arguments<T>(x, parameters, bins, style, numbers, inverse);
     a.logdet_in = data_or_null<T>(running);
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> rq_spline_backward(const Tensor& grad_y, const Tensor
                                               const std::vector<double>& numbers, bool inverse) {
   Tensor grad_x = new_empty(x, {x.size(0), x.size(1)}),
          grad_parameters = new_empty(x, {x.size(0), x.size(1), parameters.size(2)});
-  const Tensor grad_rows = torch::stable::contiguous(grad_logdet);
+  const Tensor grad_rows = as_contiguous(grad_logdet);
   dispatch_float(x, [&]<class T>() {
     auto a = spline_arguments<T>(x, parameters, bins, style, numbers, inverse);
     a.grad_y = element_view<T>(grad_y);

@@ -52,7 +52,7 @@ Packed<T> pack(const T* codebook, int64_t codes, int64_t features) {
 // The search; `a` has the outputs that are wanted.
 template <class T>
 void search(QuantizeArguments<T> a, const Tensor& x, const Tensor& codebook, Tensor& index) {
-  const Tensor dense = torch::stable::contiguous(codebook);
+  const Tensor dense = as_contiguous(codebook);
   a.x = view<T>(x);
   a.codebook = static_cast<const T*>(dense.const_data_ptr());
   a.features = x.size(1);
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_quantized
   const int64_t rows = x.size(0), features = x.size(1), codes = codebook.size(0);
   Tensor grad_x = new_output(x, {rows, features}),
          grad_codebook = new_empty(x, {for_codebook ? codes : 0, features});
-  const Tensor dense = torch::stable::contiguous(codebook), loss = torch::stable::contiguous(grad_loss),
-               which = torch::stable::contiguous(index);
+  const Tensor dense = as_contiguous(codebook), loss = as_contiguous(grad_loss),
+               which = as_contiguous(index);
   dispatch_float(x, [&]<class T>() {
     QuantizeArguments<T> a;
     a.x = view<T>(x);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_quantized
 
 std::tuple<Tensor, Tensor> vector_quantize_sums(const Tensor& x, const Tensor& index, int64_t codes) {
   Tensor sums = new_empty(x, {codes, x.size(1)}), counts = new_empty(x, {codes});
-  const Tensor which = torch::stable::contiguous(index);
+  const Tensor which = as_contiguous(index);
   dispatch_float(x, [&]<class T>() {
     QuantizeArguments<T> a;
     a.x = view<T>(x);

@@ -34,6 +34,9 @@ def _check_transforms(transforms: int) -> None:
 class AutoregressiveFlow(Flow):
     """A flow whose layers are all autoregressive transforms: they run as one chain, in one call of an operator."""
 
+    def _like(self, default: Tensor) -> Tensor:
+        return self.layers._modules["0"].conditioner.plan_parameters()[0]  # type: ignore[union-attr,operator,no-any-return]
+
     def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         layers = list(self.layers._modules.values())
         if inverse:

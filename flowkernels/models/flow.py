@@ -43,7 +43,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D) [, context (N, K)] -> (N,) log-densities in nats."""
         z, logdet = self.transform(x, context)
-        return logdet + _log_normal(z)
+        return torch.sub(logdet, torch.linalg.vecdot(z, z), alpha=0.5) - 0.5 * self.features * math.log(2 * math.pi)
 
     @torch.no_grad()
     def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class Flow(nn.Module):
             assert context is not None
             shape = (context.shape[0], n)
             rows = context.repeat_interleave(n, dim=0)
-        like = next(iter(self.parameters()), torch.empty(0))
+        like = self._like(torch.empty(0))
         generator = None
         if seed is not None:
             generator = torch.Generator(device=like.device).manual_seed(seed)
@@ -100,11 +100,15 @@ class Flow(nn.Module):
             self._check_context(context)
             if context.shape[0] != value.shape[0]:
                 raise ValueError(f"context must have one row for each of {value.shape[0]} rows of {name}, got {context.shape[0]}")
-        like = next(iter(self.parameters()), value)
+        like = self._like(value)
         if value.dtype != like.dtype:
             raise TypeError(f"{name} has dtype {value.dtype}, but the flow's parameters have {like.dtype}: use one dtype")
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}, but the flow is on {like.device}: use one device")
+
+    def _like(self, default: Tensor) -> Tensor:
+        """A parameter, for the dtype and device that inputs must have."""
+        return next(self.parameters(), default)
 
     def _check_context(self, context: Any) -> None:
         if context is None:

@@ -133,11 +133,13 @@ class MADE(nn.Module):
     def plan_parameters(self) -> list[Tensor]:
         """weight_0, bias_0, weight_1, ...: what the operators of `plan` take."""
         # Straight from the dictionaries: attribute access of a Module costs more than a small network's arithmetic.
-        found = []
+        found: list[Tensor] = []
         for layer in self.layers._modules.values():
-            held = layer._parameters  # type: ignore[union-attr]
-            found += (held["weight"], held["bias"])
-        return found  # type: ignore[return-value]
+            assert layer is not None
+            for name in ("weight", "bias"):
+                plain = layer._parameters.get(name)
+                found.append(getattr(layer, name) if plain is None else plain)  # a parametrization is computed
+        return found
 
     def context_terms(self, context: Tensor | None) -> Tensor | None:
         """(N, plan.context_width) what the context adds to the pre-activations, or None without context."""

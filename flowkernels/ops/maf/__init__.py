@@ -104,12 +104,13 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
     grad = torch.is_grad_enabled() and (
         x.requires_grad or any(_step_needs_grad(step) for step in steps)
     )
-    packed, tables, contexts = [], [], []
+    plans = [step.plan for step in steps]
+    packed, packed_back = packed_weights(plans, [step.parameters for step in steps], backward=grad)
+    tables, contexts = [], []
     codes: list[int] = []
     numbers: list[float] = []
     with_context = any(step.context is not None for step in steps)
-    for plan, parameters, context, law, form, inverse in steps:
-        packed.append(packed_weights(plan, parameters))
+    for plan, _, context, law, form, inverse in steps:
         tables.append(plan.tables(device)[0])
         code, described = code_and_numbers(law)
         codes += (code, FORMS.index(form), inverse, plan.saved_rows[inverse] if grad else 0)
@@ -119,7 +120,6 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
     if not grad:
         y, logdet, _ = maf_op(x, contexts, packed, tables, codes, numbers)
         return y, logdet
-    packed_back = [packed_weights(step.plan, step.parameters, backward=True) for step in steps]
     tables_back = [step.plan.tables(device)[1] for step in steps]
     masks = [mask for step in steps for mask in step.plan.masks_on(device)]
     weights = [p for step in steps for p in step.parameters]
@@ -179,6 +179,8 @@ def _check(
     if context is not None and not plan.context_width:
         raise ValueError("context was given, but this plan has no context layers")
     if context is not None:
+        if torch.is_autocast_enabled(x.device.type) and isinstance(context, Tensor):
+            context = context.to(x.dtype)  # a linear layer under autocast made it
         check_float_tensor("context", context, like=x, like_name=name)
         check_shape("context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width")
     check_choice("form", form, FORMS)

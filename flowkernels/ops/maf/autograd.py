@@ -61,6 +61,15 @@ def _vmap_maf(info: Any, dims: Any, *args: Any) -> Any:
     return (y.reshape(rows.shape), logdet.reshape(rows.shape[:2]), saved), (0, 0, None)
 
 
+def _no_fingerprint(tensors: list[Tensor], lengths: list[int]) -> Tensor:
+    raise NotImplementedError("fingerprints are taken of tensors in this process's memory only")
+
+
+fingerprint_op: Any = operator(
+    "fingerprint(Tensor[] tensors, int[] lengths) -> Tensor",
+    _no_fingerprint,
+    vmap=_no_fingerprint,
+)
 pack_op: Any = operator(
     "maf_pack(Tensor[] parameters, Tensor[] masks, Tensor table, int size) -> Tensor",
     _compiled_only,
@@ -102,17 +111,20 @@ class Maf(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, lengths, ctx.codes, ctx.numbers, *tensors = inputs
+        x, lengths, ctx.codes, ctx.numbers, *tensors = inputs
         contexts, _, packed_back, ctx.tables, ctx.tables_back, ctx.masks, parameters = _split(tensors, lengths)
         ctx.context_widths = [c.shape[1] for c in contexts] or [0] * len(packed_back)
         ctx.context_count = len(contexts)
         ctx.fixed = len(tensors) - len(contexts) - len(parameters)
-        ctx.save_for_backward(output[2], *packed_back)
+        # x, contexts and parameters are kept only to say of which tensors there is no second derivative.
+        ctx.save_for_backward(output[2], *packed_back, x, *contexts, *parameters)
+        ctx.steps = len(packed_back)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:  # type: ignore[override]
-        saved, *packed_back = ctx.saved_tensors
+        saved, *kept = ctx.saved_tensors
+        packed_back, inputs = kept[: ctx.steps], kept[ctx.steps :]
         needs = ctx.needs_input_grad[4 + ctx.context_count + ctx.fixed :]
         want_parameters = any(needs)
         grads = backward_op(
@@ -128,7 +140,7 @@ class Maf(torch.autograd.Function):
             ctx.context_widths,
             want_parameters,
         )
-        grad_x, flat_contexts, flat = not_twice_differentiable("maf", grads, (grad_y, grad_logdet))
+        grad_x, flat_contexts, flat = not_twice_differentiable("maf", grads, (grad_y, grad_logdet, *inputs))
         samples = grad_y.shape[0]
         contexts: tuple[Tensor, ...] = ()
         if ctx.context_count:

@@ -1,27 +1,41 @@
-"""Packed weights, remembered for as long as no parameter changes."""
+"""Packed weights, remembered for as long as the weights are what they were."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from flowkernels.ops.maf.autograd import pack_op
+from flowkernels.ops.maf.autograd import fingerprint_op, pack_op
 from flowkernels.plan import Plan
 
 
-def packed_weights(plan: Plan, parameters: Sequence[Tensor], *, backward: bool = False) -> Tensor:
-    """The weights in the order of the plan's forward or backward table; packed again whenever a parameter has changed."""
-    if torch.compiler.is_compiling():
-        return _pack(plan, parameters, backward)
-    found: _Pack | None = plan.packs.get(backward)
-    if found is not None and found.is_of(parameters):
-        return found.packed
-    packed = _pack(plan, parameters, backward)
-    if not _is_wrapped(packed) and not any(map(_is_wrapped, parameters)):
-        plan.packs[backward] = _Pack(parameters, packed)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def packed_weights(
+    plans: Sequence[Plan], parameters: Sequence[Sequence[Tensor]], *, backward: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Each plan's weights in the order of its forward table and, if wanted, of its backward table (else an empty list).
+
+    On the CPU they are remembered together with a fingerprint of the contents that they were packed from, which is taken again
+    at every call: autograd's version counters would miss what ``p.data``, NumPy and fused optimizers write. Elsewhere, under
+    torch.compile and inside functorch transforms they are packed at every call.
+    """
+    directions = (False, True) if backward else (False,)
+    if not _may_remember(parameters):
+        fresh = [[_pack(plan, ps, b) for plan, ps in zip(plans, parameters, strict=True)] for b in directions]
+        return fresh[0], fresh[1] if backward else []
+    prints = fingerprint_op([p for ps in parameters for p in ps], [len(ps) for ps in parameters]).tolist()
+    packed: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for plan, ps, now in zip(plans, parameters, prints, strict=True):
+        for b in directions:
+            key = (b, ps[0].dtype)
+            known = plan.packs.get(key)
+            if known is None or known[0] != now:
+                known = plan.packs[key] = (now, _pack(plan, ps, b))
+            packed[b].append(known[1])
     return packed
 
 
@@ -34,29 +48,12 @@ def _pack(plan: Plan, parameters: Sequence[Tensor], backward: bool) -> Tensor:
     return packed
 
 
-class _Pack:
-    """Packed weights and what they were packed from.
-
-    A parameter is the same as before if it is the same object with the same version (every in-place change counts it up) at
-    the same address with the same strides. The storages are held, so that no new memory can come to lie at an old address.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], packed: Tensor) -> None:
-        self.states = [(weakref.ref(p), p._version, p.data_ptr(), p.stride()) for p in parameters]
-        self.storages = [p.untyped_storage() for p in parameters]
-        self.packed = packed
-
-    def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        for p, (owner, version, address, stride) in zip(parameters, self.states, strict=True):
-            if owner() is not p or p._version != version or p.data_ptr() != address or p.stride() != stride:
+def _may_remember(parameters: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the tensors are plain memory of this process, and not functorch's, a tracer's or a subclass's."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    for ps in parameters:
+        for p in ps:
+            if type(p) not in _PLAIN or not p.is_cpu:
                 return False
-        return True
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether functorch, a tensor subclass or inference mode hides changes from us: then nothing may be remembered."""
-    return (
-        type(tensor) not in (Tensor, torch.nn.Parameter)
-        or tensor.is_inference()  # counts no versions
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    return True
