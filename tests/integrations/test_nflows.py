@@ -419,6 +419,31 @@ def test_moved_to_another_dtype() -> None:
     assert_same(both(fast.double(), [x.double()]), both(peer.double(), [x.double()]))
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_every_kind_of_optimizer(options: dict[str, bool]) -> None:
+    """Fused ones change parameters without saying so."""
+    peer = transform()
+    fast = fk.accelerate(copy.deepcopy(peer))
+    x = torch.randn(4, 5, dtype=torch.double)
+    for model in (peer, fast):
+        with torch.no_grad():
+            both(model, [x])
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **options)
+        model(x)[0].sum().backward()
+        optimizer.step()
+    assert_same(both(fast, [x]), both(peer, [x]))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Better an error than a term that is silently missing from a gradient."""
+    fast = fk.accelerate(transform())
+    x = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
+    for inputs in ([x], list(fast.parameters())):
+        grads = torch.autograd.grad(fast(x)[1].sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="not twice differentiable"):
+            sum(g.square().sum() for g in grads).backward()
+
+
 def test_functional_transforms() -> None:
     """torch.func and forward-mode derivatives go nflows' own way and give its numbers."""
     peer = transform()

@@ -107,12 +107,14 @@ class Maf(torch.autograd.Function):
         ctx.context_widths = [c.shape[1] for c in contexts] or [0] * len(packed_back)
         ctx.context_count = len(contexts)
         ctx.fixed = len(tensors) - len(contexts) - len(parameters)
-        ctx.save_for_backward(output[2], *packed_back)
+        # One input that wants a gradient, for a second derivative to find the way to its error message.
+        anchor = next((t for t in (inputs[0], *contexts, *parameters) if t.requires_grad), inputs[0])
+        ctx.save_for_backward(output[2], anchor, *packed_back)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:  # type: ignore[override]
-        saved, *packed_back = ctx.saved_tensors
+        saved, anchor, *packed_back = ctx.saved_tensors
         needs = ctx.needs_input_grad[4 + ctx.context_count + ctx.fixed :]
         want_parameters = any(needs)
         grads = backward_op(
@@ -128,7 +130,7 @@ class Maf(torch.autograd.Function):
             ctx.context_widths,
             want_parameters,
         )
-        grad_x, flat_contexts, flat = not_twice_differentiable("maf", grads, (grad_y, grad_logdet))
+        grad_x, flat_contexts, flat = not_twice_differentiable("maf", grads, (grad_y, grad_logdet, anchor))
         samples = grad_y.shape[0]
         contexts: tuple[Tensor, ...] = ()
         if ctx.context_count:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from flowkernels.ops.maf.autograd import pack_op
 from flowkernels.plan import Plan
@@ -42,6 +45,7 @@ class _Pack:
     """
 
     def __init__(self, parameters: Sequence[Tensor], packed: Tensor) -> None:
+        _watch_fused_optimizers()
         self.states = [(weakref.ref(p), p._version, p.data_ptr(), p.stride()) for p in parameters]
         self.storages = [p.untyped_storage() for p in parameters]
         self.packed = packed
@@ -51,6 +55,18 @@ class _Pack:
             if owner() is not p or p._version != version or p.data_ptr() != address or p.stride() != stride:
                 return False
         return True
+
+
+@cache
+def _watch_fused_optimizers() -> None:
+    """Fused optimizers change parameters in place without counting up their versions: count for them."""
+    register_optimizer_step_post_hook(_count_up)
+
+
+def _count_up(optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
