@@ -503,3 +503,9 @@ def test_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fk.accelerate(transform())
+
+
+def test_explain() -> None:
+    """`fk.explain` prints what `describe` says."""
+    text = fk.explain(fk.accelerate(nn.Sequential(flow())))
+    assert "accelerated: forward by maf_forward, inverse by maf_inverse" in text
