@@ -212,7 +212,7 @@ def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         call(fast, [torch.randn(s) for s in shapes])
         assert calls, name
-        whole = "spline autoregressive" in name and "elements" not in name or "passes" in name
+        whole = ("spline autoregressive" in name and "elements" not in name) or "passes" in name
         assert ("run_chain" in calls) == whole, name
         calls.clear()
         x, *others = [torch.randn(s) for s in shapes]
