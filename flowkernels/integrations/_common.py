@@ -344,7 +344,7 @@ class Network:
         x: Any,
         context: Any,
         inverse: bool,
-        law: ScaleLaw,
+        law: ScaleLaw | RQSpline,
         form: str = "scale_shift",
         *,
         rank: int | None = None,
@@ -367,7 +367,7 @@ class Network:
         y, logdet = run_chain(x.reshape(-1, self.features), [step])
         return y.reshape(shape), logdet.reshape(shape[:-1])
 
-    def step(self, x: Tensor, context: Any, inverse: bool, law: ScaleLaw, form: str) -> Step | None:
+    def step(self, x: Tensor, context: Any, inverse: bool, law: ScaleLaw | RQSpline, form: str) -> Step | None:
         """This network's step of a chain on rows like `x`, or None where the peer has to do it.
 
         What our operators would refuse, the peer's own code may know how to do, or how to refuse.
@@ -519,9 +519,9 @@ class Adapter:
         base: the peer's class. methods: those of its methods that the replacement stands for; where a subclass or an
             instance has its own, the module is left alone. mixin: the methods that replace them.
         make: gives what the mixin's methods need, or raises `Left`. what: the replacement in words.
-        hides: instance attributes that would stand before the mixin's methods. closed: whether the parts inside belong to
-            the replacement, so that they are not looked at on their own. variants: other mixins and words, by the type of
-            what `make` gives.
+        hides: instance attributes that would stand before the mixin's methods. closed: whether the parts inside belong
+            to the replacement, so that they are not looked at on their own. variants: other mixins and words, by the
+            type of what `make` gives.
     """
 
     base: type[nn.Module]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from flowkernels.integrations._common import Left, Network, Reader, Replaced, Structure
 from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline
 
 
 class MadeNetwork(Network):
@@ -17,18 +19,22 @@ class MadeNetwork(Network):
     Args:
         transform: the transform. made: the peer's module ``made``. normflows: whether it is that of normflows, which
             has no activation after the first layer of a feedforward network, and gates where nflows adds the context.
+        law: reads what the transform does to one feature.
     """
 
     transform: Any
+    law: ScaleLaw | RQSpline
 
-    def __init__(self, transform: Any, made: Any, normflows: bool) -> None:
-        self.transform, self.made, self.normflows = transform, made, normflows
-        self._floor = 1e-3
-        self._law = ScaleLaw("sigmoid", offset=2.0, floor=1e-3) if normflows else ScaleLaw("softplus", floor=1e-3)
+    def __init__(
+        self, transform: Any, made: Any, normflows: bool, law: Callable[[Reader, Any], ScaleLaw | RQSpline]
+    ) -> None:
+        self.transform, self.made, self.normflows, self._read_law = transform, made, normflows, law
         super().__init__(self._read, self._terms)
 
     def _read(self, reader: Reader) -> Structure:
         made = self.made
+        self.law = self._read_law(reader, self.transform)
+        names = self.law.parameter_names if isinstance(self.law, RQSpline) else ("scale", "shift")
         net = reader.module(self.transform, "autoregressive_net", made.MADE)
         if self.normflows:
             reader.module(net, "preprocessing", nn.Identity)
@@ -85,16 +91,7 @@ class MadeNetwork(Network):
                     context.append(reader.module(block, "context_layer"))
                     indices.append(1 + 2 * i)
         self.context, self.net = context, net
-        return Structure(
-            tuple(linears), tuple(activation), tuple(residual), ("scale", "shift"), context_layers=tuple(indices)
-        )
-
-    def law(self) -> ScaleLaw:
-        """nflows keeps its floor as an attribute, normflows has sigmoid(u + 2) + 1e-3 written out."""
-        if not self.normflows and self.transform._epsilon != self._floor:
-            self._floor = self.transform._epsilon
-            self._law = ScaleLaw("softplus", floor=self._floor)
-        return self._law
+        return Structure(tuple(linears), tuple(activation), tuple(residual), names, context_layers=tuple(indices))
 
     def _terms(self, context: Tensor) -> Tensor:
         first, *others = self.context
@@ -108,7 +105,7 @@ class AffineMade(Replaced):
     def forward(self, inputs: Any, context: Any = None) -> Any:
         network: MadeNetwork = self._flowkernels.data
         if network.transform is self and network.ready():
-            done = network.run(inputs, context, False, network.law(), rank=2)
+            done = network.run(inputs, context, False, network.law, rank=2)
             if done is not None:
                 return done
         return self._flowkernels_class.forward(self, inputs, context)
@@ -116,7 +113,7 @@ class AffineMade(Replaced):
     def inverse(self, inputs: Any, context: Any = None) -> Any:
         network: MadeNetwork = self._flowkernels.data
         if network.transform is self and network.ready():
-            done = network.run(inputs, context, True, network.law(), rank=2)
+            done = network.run(inputs, context, True, network.law, rank=2)
             if done is not None:
                 return done
         return self._flowkernels_class.inverse(self, inputs, context)

@@ -28,6 +28,8 @@ def from_nflows(flow: nn.Module) -> MAF:
     from nflows.transforms.autoregressive import MaskedAffineAutoregressiveTransform
     from nflows.transforms.permutations import Permutation
 
+    from flowkernels.integrations.nflows import affine_law
+
     if not isinstance(flow, Flow):
         raise TypeError(f"flow must be an nflows Flow, got {type(flow).__name__}")
     given: Any = flow
@@ -41,7 +43,7 @@ def from_nflows(flow: nn.Module) -> MAF:
             p = transform._permutation.cpu()
             place = p if place is None else place[p]
         elif isinstance(transform, MaskedAffineAutoregressiveTransform):
-            network = MadeNetwork(transform, made, normflows=False)
+            network = MadeNetwork(transform, made, False, affine_law)
             if network.reason:
                 raise ValueError(f"flow has a transform that cannot be converted: {network.reason}")
             if place is None:
@@ -106,7 +108,7 @@ def _layer(network: MadeNetwork, floor: float, place: Tensor) -> AutoregressiveT
 
 
 def _places(place: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions in nflows' layer of our columns, and of our rows: [shift, scale] per feature here, the reverse there."""
+    """Positions in nflows' layer of our columns, and of our rows: [shift, scale] here, [scale, shift] there."""
     columns = torch.argsort(place)
     return columns, torch.stack([2 * columns + 1, 2 * columns], dim=1).flatten()
 
@@ -131,8 +133,14 @@ def to_nflows(model: MAF) -> Any:
     chain: list[Any] = []
     for layer in model.layers:
         assert isinstance(layer, AutoregressiveTransform)
-        made, law = layer.conditioner, dict(layer.law.parameters)
-        if layer.law.name != "softplus" or law["offset"] or layer.form != "scale_shift" or layer.flipped:
+        made, law = layer.conditioner, dict(layer.law.parameters) if isinstance(layer.law, ScaleLaw) else {}
+        if (
+            not isinstance(layer.law, ScaleLaw)
+            or layer.law.name != "softplus"
+            or law["offset"]
+            or layer.form != "scale_shift"
+            or layer.flipped
+        ):
             raise ValueError(f"model has the transform {layer.extra_repr()}; nflows has softplus(u) + floor only")
         sources: list[Any] = list(made.layers)
         widths = {source.out_features for source in sources[:-1]}

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowkernels.integrations._common import Adapter, Left, Replaced, law_of, spline_of, takes
+from flowkernels.integrations._common import Adapter, Left, Reader, Replaced, law_of, spline_of, takes
 from flowkernels.integrations._made import TRANSFORM_METHODS, AffineMade, MadeNetwork
 from flowkernels.integrations._nflows_models import from_nflows, to_nflows
 from flowkernels.ops.affine_coupling import affine_coupling
 from flowkernels.ops.rq_spline import rq_spline
+from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import RQSpline
 
 __all__ = ["TESTED", "adapters", "from_nflows", "to_nflows"]
@@ -90,8 +91,8 @@ class SplineCoupling(Replaced):
         return done[0].reshape(inputs.shape), done[1]
 
 
-class SplineMade(Replaced):
-    """`MaskedPiecewiseRationalQuadraticAutoregressiveTransform` with linear tails: the spline."""
+class SplineElements(Replaced):
+    """`MaskedPiecewiseRationalQuadraticAutoregressiveTransform` whose network no kernel has: the spline only."""
 
     def _elementwise(self, inputs: Any, autoregressive_params: Any, inverse: bool = False) -> Any:
         if takes(inputs, autoregressive_params) and inputs.dim() == 2:
@@ -100,6 +101,30 @@ class SplineMade(Replaced):
                 theta = autoregressive_params.view(*inputs.shape, spline.params_per_feature)
                 return rq_spline(inputs, theta, spline=spline, inverse=inverse)
         return self._flowkernels_class._elementwise(self, inputs, autoregressive_params, inverse)
+
+
+class SplineMade(Replaced):
+    """`MaskedPiecewiseRationalQuadraticAutoregressiveTransform` with linear tails."""
+
+    forward = AffineMade.forward
+    inverse = AffineMade.inverse
+    _elementwise = SplineElements._elementwise
+
+
+def affine_law(reader: Reader, transform: Any) -> ScaleLaw:
+    return law_of("softplus", floor=reader.value(transform, "_epsilon"))
+
+
+def _spline_law(reader: Reader, transform: Any) -> RQSpline:
+    for name in ("tails", "num_bins", "tail_bound", "min_bin_width", "min_bin_height", "min_derivative"):
+        reader.value(transform, name)
+    net = reader.value(transform, "autoregressive_net")
+    if hasattr(net, "hidden_features"):  # then nflows divides by its root
+        reader.value(net, "hidden_features")
+    spline = _spline(transform, net, warn=False)
+    if spline is None:
+        raise Left("no kernel for its spline")
+    return spline
 
 
 def _spline(transform: Any, net: Any, *, warn: bool) -> RQSpline | None:
@@ -143,7 +168,12 @@ def adapters() -> list[Adapter]:
     from nflows.transforms import autoregressive, coupling, made
 
     def network(transform: nn.Module) -> MadeNetwork:
-        return MadeNetwork(transform, made, normflows=False)
+        return MadeNetwork(transform, made, False, affine_law)
+
+    def spline_network(transform: nn.Module) -> MadeNetwork | None:
+        _spline_or_left(transform)
+        found = MadeNetwork(transform, made, False, _spline_law)
+        return None if found.reason else found
 
     def additive(transform: nn.Module) -> None:
         raise Left("its only operation is an addition: nothing to fuse")
@@ -159,11 +189,16 @@ def adapters() -> list[Adapter]:
         ),
         Adapter(
             autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
-            ("_elementwise", "_elementwise_forward", "_elementwise_inverse"),
+            ("forward", "inverse", "_elementwise", "_elementwise_forward", "_elementwise_inverse"),
             SplineMade,
-            _spline_or_left,
-            "spline by rq_spline; its network stays with nflows, and so do the passes of the inverse",
-            closed=False,
+            spline_network,
+            "forward by maf_forward, inverse by maf_inverse",
+            variants={
+                type(None): (
+                    SplineElements,
+                    "spline by rq_spline; its network stays with nflows, and so do the passes of the inverse",
+                )
+            },
         ),
         Adapter(coupling.AdditiveCouplingTransform, (), AffineCoupling, additive, ""),
         Adapter(

@@ -14,7 +14,7 @@ TESTED = ("1.7", "1.8")
 
 
 class AffineCoupling(Replaced):
-    """forward and inverse of `normflows.flows.AffineCoupling`: the map of the second half; its network stays normflows'.
+    """forward and inverse of `normflows.flows.AffineCoupling`: the second half; its network stays normflows'.
 
     Parameters alternate, shift and scale. Glow's "sigmoid" map divides: z / sigma + t, the inverse of (z - t) sigma.
     """
@@ -67,7 +67,7 @@ def adapters() -> list[Adapter]:
     from normflows.nets import made
 
     def network(transform: nn.Module) -> MadeNetwork:
-        return MadeNetwork(transform, made, normflows=True)
+        return MadeNetwork(transform, made, True, lambda reader, transform: law_of("sigmoid", offset=2.0, floor=1e-3))
 
     return [
         Adapter(

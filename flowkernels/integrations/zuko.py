@@ -50,7 +50,10 @@ class MaskedNetwork(Network):
     def _read(self, reader: Reader) -> Structure:
         zuko = self.zuko
         transform = self.transform
-        self.law = _law(zuko, reader.value(transform, "univariate"), reader.value(transform, "shapes"))
+        given = reader.value(transform, "univariate"), reader.value(transform, "shapes")
+        spline = _spline(zuko, *given)
+        self.law: ScaleLaw | RQSpline = _law(zuko, *given) if spline is None else spline
+        names = ("shift", "scale") if spline is None else spline.parameter_names
         reader.value(transform, "passes")
         net = reader.module(transform, "hyper", zuko.nn.MaskedMLP)
         linears: list[nn.Module] = []
@@ -81,10 +84,8 @@ class MaskedNetwork(Network):
                 activation[-1] = reader.activation_name(layer, label, inplace=True)
         if not linears or activation[-1] != "identity" or residual[-1] is not None:
             raise Left("the network does not end with a masked linear layer")
-        features = linears[-1]._buffers["mask"].shape[0] // 2  # type: ignore[union-attr]
-        return Structure(
-            tuple(linears), tuple(activation[:-1]), tuple(residual[:-1]), ("shift", "scale"), columns=(0, features)
-        )
+        features = linears[-1]._buffers["mask"].shape[0] // len(names)  # type: ignore[union-attr]
+        return Structure(tuple(linears), tuple(activation[:-1]), tuple(residual[:-1]), names, columns=(0, features))
 
 
 def _law(zuko: Any, univariate: Any, shapes: Any) -> ScaleLaw:
@@ -343,9 +344,10 @@ def _masked(transform: Any) -> MaskedNetwork | SplineNetwork:
     univariate = transform.univariate
     if isinstance(univariate, functools.partial):
         univariate = univariate.func
-    if univariate is zuko.transforms.MonotonicRQSTransform:
-        return SplineNetwork(transform)
-    return MaskedNetwork(transform)
+    network = MaskedNetwork(transform)
+    if network.reason and univariate is zuko.transforms.MonotonicRQSTransform:
+        return SplineNetwork(transform)  # a network that no kernel has: the spline only
+    return network
 
 
 def adapters() -> list[Adapter]:

@@ -88,11 +88,13 @@ def nflows_affine(images: bool = False, context: int = 0) -> Case:
 def nflows_spline(kind: str, images: bool = False) -> Case:
     t = pytest.importorskip("nflows.transforms")
     shapes: list[tuple[int, ...]] = [(6, 5, 2, 3)] * 2 if images else [(6, 5)] * 2
-    options = {"num_bins": 6, "tails": "linear", "tail_bound": 1.5}
+    options: dict[str, Any] = {"num_bins": 6, "tails": "linear", "tail_bound": 1.5}
 
     def make() -> Any:
-        if kind == "autoregressive":
-            return t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(5, 16, **options)
+        if "autoregressive" in kind:
+            # No kernel has the sine: then only the spline is replaced.
+            act = {"activation": torch.sin} if "elements" in kind else {}
+            return t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(5, 16, **options, **act)
         return t.PiecewiseRationalQuadraticCouplingTransform(
             torch.tensor([1, 0, 1, 0, 0]), lambda a, b: Net(a, b, images), **options
         )
@@ -151,12 +153,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "nflows spline": lambda: nflows_spline("coupling"),
     "nflows spline images": lambda: nflows_spline("coupling", images=True),
     "nflows spline autoregressive": lambda: nflows_spline("autoregressive"),
+    "nflows spline autoregressive elements": lambda: nflows_spline("autoregressive elements"),
     "zuko": lambda: zuko_coupling(False),
     "zuko context": lambda: zuko_coupling(False, 3),
     "zuko spline": lambda: zuko_coupling(True),
     "zuko spline context": lambda: zuko_coupling(True, 3),
     "zuko spline autoregressive": zuko_spline,
     "zuko spline autoregressive context": lambda: zuko_spline(2, slope=0.01),
+    "zuko spline autoregressive elements": lambda: zuko_spline(2, activation=nn.Softsign),
     "zuko spline passes": lambda: zuko_spline(passes=2),
     "normflows exp": lambda: normflows_coupling("exp"),
     "normflows sigmoid": lambda: normflows_coupling("sigmoid"),
@@ -192,11 +196,11 @@ def _randomised(model: Any) -> Any:
 
 def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each case reaches an operator, and goes without one under forward-mode derivatives."""
-    from flowkernels.integrations import nflows, normflows, pyro, zuko
+    from flowkernels.integrations import _common, nflows, normflows, pyro, zuko
 
     calls: list[str] = []
-    for module in (nflows, normflows, pyro, zuko):
-        for name in ("affine_coupling", "rq_spline"):
+    for module in (_common, nflows, normflows, pyro, zuko):
+        for name in ("affine_coupling", "rq_spline", "run_chain"):
             if hasattr(module, name):
                 real = getattr(module, name)
                 monkeypatch.setattr(
@@ -208,6 +212,8 @@ def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         call(fast, [torch.randn(s) for s in shapes])
         assert calls, name
+        whole = ("spline autoregressive" in name and "elements" not in name) or "passes" in name
+        assert ("run_chain" in calls) == whole, name
         calls.clear()
         x, *others = [torch.randn(s) for s in shapes]
         torch.func.jvp(lambda v, others=others, call=call, fast=fast: call(fast, [v, *others])[0], (x,), (x,))

@@ -414,9 +414,36 @@ def test_frozen_parameters() -> None:
 def test_moved_to_another_dtype() -> None:
     peer = transform()
     fast = fk.accelerate(copy.deepcopy(peer))
-    x = torch.randn(4, 5, dtype=torch.float)
-    assert_close_as_peer(peer.float(), fast.float(), both, [x], grad=True)
-    assert_same(both(fast.double(), [x.double()]), both(peer.double(), [x.double()]))
+    x = torch.randn(64, 5, dtype=torch.double)
+    with torch.no_grad():
+        z = peer(x)[0]
+    assert_close_as_peer(peer.float(), fast.float(), there_and_back, [x.float(), z.float()], grad=True)
+    assert_same(both(fast.double(), [x]), both(peer.double(), [x]))
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_every_kind_of_optimizer(options: dict[str, bool]) -> None:
+    """Fused ones change parameters without saying so."""
+    peer = transform()
+    fast = fk.accelerate(copy.deepcopy(peer))
+    x = torch.randn(4, 5, dtype=torch.double)
+    for model in (peer, fast):
+        with torch.no_grad():
+            both(model, [x])
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **options)
+        model(x)[0].sum().backward()
+        optimizer.step()
+    assert_same(both(fast, [x]), both(peer, [x]))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Better an error than a term that is silently missing from a gradient."""
+    fast = fk.accelerate(transform())
+    x = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
+    for inputs in ([x], list(fast.parameters())):
+        grads = torch.autograd.grad(fast(x)[1].sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="not twice differentiable"):
+            sum(g.square().sum() for g in grads).backward()
 
 
 def test_functional_transforms() -> None:
@@ -476,3 +503,9 @@ def test_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fk.accelerate(transform())
+
+
+def test_explain() -> None:
+    """`fk.explain` prints what `describe` says."""
+    text = fk.explain(fk.accelerate(nn.Sequential(flow())))
+    assert "accelerated: forward by maf_forward, inverse by maf_inverse" in text
