@@ -56,7 +56,9 @@ def bound(spline: RQSpline, inverse: bool = False) -> testing.Call:
 @every_spline
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_values_and_gradients(spline: RQSpline, inverse: bool, dtype: torch.dtype) -> None:
-    testing.check_against_reference(bound(spline, inverse), inputs((33, 7), spline, dtype))
+    # Errors have a heavy tail: a narrow bin or a steep slope magnifies roundings. It takes some thousand elements until
+    # plain PyTorch has met its own worst, and the rule compares the worst ones.
+    testing.check_against_reference(bound(spline, inverse), inputs((129, 31), spline, dtype))
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
