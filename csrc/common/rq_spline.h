@@ -70,7 +70,7 @@ FK_INLINE T spline_slope_rate(T u, T slope, const SplineOptions<T>& o) {
 template <class T, int Lanes>
 struct SplineAxis {
   alignas(64) T exponentials[kMaxBins * Lanes];
-  alignas(64) T factor[Lanes];                          // (1 - K min) / sum
+  alignas(64) T factor[Lanes], factor_rest[Lanes];      // (1 - K min) / sum, and what rounding took from it
   alignas(64) T start[Lanes], rest[Lanes], size[Lanes];  // of the bin: it starts at start + rest in [-1/2, 1/2]
 };
 
@@ -104,7 +104,12 @@ FK_INLINE void spline_exponentials(const T* logits, T least, const SplineOptions
       add_exactly(sum[i], rest[i], e);
     }
   FK_SIMD
-  for (int i = 0; i < Lanes; ++i) axis.factor[i] = (T(1) - o.bins * least) / (sum[i] + rest[i]);
+  for (int i = 0; i < Lanes; ++i) {
+    const T total = sum[i] + rest[i], below = (sum[i] - total) + rest[i], part = T(1) - o.bins * least;
+    axis.factor[i] = part / total;
+    // The one error that all knots share: where bins are narrow it would be the largest.
+    axis.factor_rest[i] = ((part - axis.factor[i] * total) - axis.factor[i] * below) / total;
+  }
 }
 
 // Start and size of one bin per lane. Search: the bin that position[i] lies in, whose number is written to `bin`; otherwise
@@ -119,6 +124,7 @@ FK_INLINE void spline_find(const T* position, T least, int bins, SplineAxis<T, L
     axis.rest[i] = rest[i] = T(0);
     axis.size[i] = least + axis.factor[i] * axis.exponentials[i];
     add_exactly(knot[i], rest[i], axis.size[i]);
+    rest[i] += axis.factor_rest[i] * axis.exponentials[i];
   }
   for (int k = 1; k < bins; ++k) {
     const bool last = k == bins - 1;
@@ -132,6 +138,7 @@ FK_INLINE void spline_find(const T* position, T least, int bins, SplineAxis<T, L
       axis.rest[i] = here ? rest[i] : axis.rest[i];
       axis.size[i] = here ? size : axis.size[i];
       add_exactly(knot[i], rest[i], size);
+      rest[i] += axis.factor_rest[i] * axis.exponentials[k * Lanes + i];
     }
   }
 }

@@ -56,7 +56,14 @@ def bound(spline: RQSpline, inverse: bool = False) -> testing.Call:
 @every_spline
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_values_and_gradients(spline: RQSpline, inverse: bool, dtype: torch.dtype) -> None:
-    testing.check_against_reference(bound(spline, inverse), inputs((33, 7), spline, dtype))
+    # Errors have a heavy tail: a narrow bin or a steep slope magnifies roundings. It takes some thousand elements until
+    # plain PyTorch has met its own worst, and the rule compares the worst ones.
+    x, theta, running = inputs((129, 31), spline, dtype)
+    # Next to a knot rounding decides about the bin, and a slope of the other bin gets a gradient of exactly 0 or not.
+    knots = spline.knots(theta.double())[1 if inverse else 0]
+    near = ((x.double()[..., None] - knots).abs() < 1e-5 * spline.bound).any(-1)
+    x = torch.where(near, torch.full_like(x, 2 * spline.bound), x)
+    testing.check_against_reference(bound(spline, inverse), [x, theta, running])
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)

@@ -59,7 +59,7 @@ def discretized_logistic_mixture(
     rate = (-log_scales.clamp(min=min_log_scale)).exp()
     upper, lower = (v + half - means) * rate, (v - half - means) * rate
     width = 2 * half * rate
-    # log(1 - exp(-width)), from expm1 where the width is small and log1p where it is large; each sees safe numbers only.
+    # log(1 - exp(-width)): expm1 where the width is small, log1p where it is large; each sees safe numbers only.
     small = width < 0.7
     log_width = torch.where(
         small,
