@@ -18,6 +18,12 @@ LIBRARY = torch.library.Library("flowkernels", "DEF")
 LIBRARY.define("build_info() -> str")
 LIBRARY.define("fresh_output(Tensor like) -> Tensor")
 
+# Operators with GPU kernels, CUDA C++ or Triton; the others run as their reference on CUDA tensors.
+ON_CUDA = {
+    "affine_coupling", "affine_coupling_backward", "masked_linear", "masked_linear_backward", "maf_pack", "maf", "maf_backward",
+    "gumbel_softmax", "gumbel_softmax_backward", "gumbel_argmax",
+}  # fmt: skip
+
 # Why the compiled kernels are not here, or None when they are.
 load_error: str | None = None
 
@@ -37,7 +43,8 @@ def operator(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0].strip()
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, lambda *args: _run_on_cuda(name, reference, *args), "CUDA")
+    if name in ON_CUDA:
+        LIBRARY.impl(name, lambda *args: _run_on_cuda(name, reference, *args), "CUDA")
     if fake is not None:
         torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"flowkernels::{name}", vmap, lib=LIBRARY)

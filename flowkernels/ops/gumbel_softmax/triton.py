@@ -114,7 +114,7 @@ def blocks(classes: int, dtype: torch.dtype, *, backward: bool = False) -> tuple
     """(rows, columns) of a program's block, and its launch options; a row's window is up to three elements longer than the row."""
     most = MAX_BLOCK // 2 if dtype == torch.float64 else MAX_BLOCK
     block = min(most, max(4, next_power_of_2(classes + 3)))
-    return max(1, 1024 // block), block, options(block, backward or dtype == torch.float64)
+    return max(1, 1024 // block), block, options(block, backward != (dtype == torch.float64))
 
 
 def options(block: int, heavy: bool) -> dict[str, int]:
@@ -162,4 +162,4 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                     label = f"gumbel_softmax {dtype} {block} single={single} hard={hard}"
                     yield label, forward_kernel, pointers, constants, options(block, dtype == "fp64")
             constants = {"TINY": 1e-38, "FOR_TAU": True, **size}
-            yield f"gumbel_softmax backward {dtype} {block}", backward_kernel, pointers, constants, options(block, True)
+            yield f"gumbel_softmax backward {dtype} {block}", backward_kernel, pointers, constants, options(block, dtype == "fp32")
