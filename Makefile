@@ -104,7 +104,7 @@ $(TORCH_STAMP): $(STAMPS)/venv
 $(STAMPS)/package: $(TORCH_STAMP) pyproject.toml flowkernels/_version.py
 	@echo "==> installing flowkernels (editable) and what its demo and tests need"
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(CONSTRAINTS)
-	@FLOWKERNELS_BUILD=0 $(PIP_INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[demo,test]'
+	@FLOWKERNELS_BUILD=0 $(PIP_INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[demo,test,triton]'
 	@touch $@
 
 # --force: setuptools would look at the date of the library only; ninja knows every header. The library is rebuilt as
