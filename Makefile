@@ -37,7 +37,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL = $(PY) -m pip install --quiet --progress-bar off
 SOURCES := setup.py $(shell find csrc 2>/dev/null)
-CPP_FILES = $$(find csrc tests/cpp -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CPP_FILES = $$(find csrc tests/cpp tests/cuda benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 BUILD_EXTENSION = $(PY) setup.py --quiet build_ext --inplace
 
 ifeq ($(strip $(VENV)),)
