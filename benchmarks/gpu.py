@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 570.0  # seconds for everything after the build
+LIMIT = 460.0  # seconds for everything after the build, which takes the rest of ten minutes
 
 
 def log(*words: object) -> None:
@@ -413,11 +413,11 @@ def tests(report: Report) -> None:
 # In this order; the limits in seconds add up to less than LIMIT with what usually happens, and nobody can take all of it.
 PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "ceilings": (ceilings, 60),
-    "tests": (tests, 180),
-    "maf": (maf, 150),
-    "affine_coupling": (affine_coupling, 120),
-    "gumbel": (gumbel, 100),
-    "masked_linear": (masked_linear, 100),
+    "tests": (tests, 150),
+    "maf": (maf, 120),
+    "affine_coupling": (affine_coupling, 100),
+    "gumbel": (gumbel, 80),
+    "masked_linear": (masked_linear, 60),
     "sanitizer": (sanitizer, 210),
 }
 

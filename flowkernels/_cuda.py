@@ -131,7 +131,7 @@ def choose(operator: str, forced: str) -> tuple[str, str]:
     if forced == "reference":
         return "reference", "asked for by use_backend"
     order, source = ORDER.get(operator, DEFAULT_ORDER)
-    reasons = []
+    reasons: list[str] = []
     for name in order:
         reason = why_not(name, operator)
         if reason is None:
@@ -171,7 +171,8 @@ def explain() -> list[str]:
     for operator in ("affine_coupling", "masked_linear", "maf", "gumbel_softmax", "gumbel_argmax"):
         name, why = choose(operator, "auto")
         lines.append(f"  {operator}: {name} ({why})")
-    room = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    room = properties.shared_memory_per_block_optin
     if room < 160 * 1024:
         lines.append(
             f"  maf: a thread block has {room // 1024} KB of shared memory here; wide networks keep "
