@@ -37,7 +37,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL = $(PY) -m pip install --quiet --progress-bar off
 SOURCES := setup.py $(shell find csrc 2>/dev/null)
-CPP_FILES = $$(find csrc tests/cpp -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CPP_FILES = $$(find csrc tests/cpp tests/cuda benchmarks -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 BUILD_EXTENSION = $(PY) setup.py --quiet build_ext --inplace
 
 ifeq ($(strip $(VENV)),)
@@ -104,7 +104,7 @@ $(TORCH_STAMP): $(STAMPS)/venv
 $(STAMPS)/package: $(TORCH_STAMP) pyproject.toml flowkernels/_version.py
 	@echo "==> installing flowkernels (editable) and what its demo and tests need"
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(CONSTRAINTS)
-	@FLOWKERNELS_BUILD=0 $(PIP_INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[demo,test]'
+	@FLOWKERNELS_BUILD=0 $(PIP_INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[demo,test,triton]'
 	@touch $@
 
 # --force: setuptools would look at the date of the library only; ninja knows every header. The library is rebuilt as

@@ -1,8 +1,8 @@
-// What a barrier, a shuffle and a shared-memory access cost on this GPU, in cycles: the terms of the sampling chain's floor.
-// A program of its own; `python -m benchmarks.gpu` compiles and runs it. Prints "name value" lines.
+// What a barrier, a shuffle and a shared-memory access cost on this GPU, in cycles: the terms of the sampling chain's
+// floor. A program of its own; `python -m benchmarks.gpu` compiles and runs it. Prints "name value" lines.
 #include <cooperative_groups.h>
-#include <cstdio>
 #include <cuda_runtime.h>
+#include <cstdio>
 
 namespace cg = cooperative_groups;
 
@@ -77,8 +77,8 @@ int main() {
   void** none = nullptr;
   for (int i = 0; i < 2; ++i) {
     cudaEventRecord(begin);
-    if (cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grid_barrier), dim3(multiprocessors), dim3(256), none, 0, 0) !=
-        cudaSuccess)
+    if (cudaLaunchCooperativeKernel(reinterpret_cast<void*>(grid_barrier), dim3(multiprocessors), dim3(256), none, 0,
+                                    0) != cudaSuccess)
       break;
     cudaEventRecord(end);
     if (cudaEventSynchronize(end) != cudaSuccess) break;

@@ -36,7 +36,9 @@ def runs_reference(x: Tensor, operator: str | None = None) -> bool:
     if _state.name == "reference":
         return True
     if x.device.type == "cuda":
-        return operator is None or _cuda.choose(operator, _state.name)[0] == "reference"
+        if operator is None:
+            return _cuda.why_not_cuda() is not None and _cuda.why_not_triton() is not None
+        return _cuda.choose(operator, _state.name)[0] == "reference"
     if _state.name in ("cuda", "triton"):
         raise RuntimeError(f"backend {_state.name!r} needs CUDA tensors, got one on {x.device}")
     return x.device.type != "cpu" or (_state.name == "auto" and not _library.is_built())

@@ -39,8 +39,8 @@ WRAPPED = {
     "affine_coupling_backward": ("flowkernels.ops.affine_coupling.cuda", "affine_coupling_backward"),
 }
 
-# What `auto` tries first, per operator, with where the order comes from. A line is changed only by a measurement: its file in
-# benchmarks/results stands beside it.
+# What `auto` tries first, per operator, with where the order comes from. A line is changed only by a measurement:
+# its file in benchmarks/results stands beside it.
 ORDER: dict[str, tuple[tuple[str, ...], str]] = {}
 DEFAULT_ORDER = (("cuda", "triton"), "not measured yet: C++ before Triton")
 
@@ -55,7 +55,9 @@ def has_triton() -> bool:
 def has_kernel(name: str, operator: str) -> bool:
     """Whether backend `name` has a kernel for `operator`, leaving aside whether this machine can run it."""
     if name == "cuda":
-        return _library.is_built() and hasattr(torch.ops.flowkernels_cuda, "maf_pack" if operator in COMPOSED else operator)
+        return _library.is_built() and hasattr(
+            torch.ops.flowkernels_cuda, "maf_pack" if operator in COMPOSED else operator
+        )
     return operator in TRITON and importlib.util.find_spec(TRITON[operator][0]) is not None
 
 
@@ -100,7 +102,8 @@ def why_not_triton() -> str | None:
         return "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}; the Triton kernels need sm_80 or newer"
+        name = f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}"
+        return f"{name}; the Triton kernels need sm_80 or newer"
     return None
 
 
@@ -122,11 +125,13 @@ def choose(operator: str, forced: str) -> tuple[str, str]:
             return "reference", reason  # the operator itself has a kernel; its gradient is plain PyTorch
         raise RuntimeError(f"backend {forced!r} cannot run {operator}: {reason}")
     if forced == "cpu":
-        raise RuntimeError(f"backend 'cpu' cannot run {operator} on CUDA tensors: move them, or leave the choice to 'auto'")
+        raise RuntimeError(
+            f"backend 'cpu' cannot run {operator} on CUDA tensors: move them, or leave the choice to 'auto'"
+        )
     if forced == "reference":
         return "reference", "asked for by use_backend"
     order, source = ORDER.get(operator, DEFAULT_ORDER)
-    reasons = []
+    reasons: list[str] = []
     for name in order:
         reason = why_not(name, operator)
         if reason is None:
@@ -166,10 +171,12 @@ def explain() -> list[str]:
     for operator in ("affine_coupling", "masked_linear", "maf", "gumbel_softmax", "gumbel_argmax"):
         name, why = choose(operator, "auto")
         lines.append(f"  {operator}: {name} ({why})")
-    room = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    room = properties.shared_memory_per_block_optin
     if room < 160 * 1024:
         lines.append(
-            f"  maf: a thread block has {room // 1024} KB of shared memory here; wide networks keep a tile's activations in "
+            f"  maf: a thread block has {room // 1024} KB of shared memory here; wide networks keep "
+            "a tile's activations in "
             "device memory (the smaller plan)"
         )
     return lines

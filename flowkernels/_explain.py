@@ -8,7 +8,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from flowkernels import _backend, _library
+from flowkernels import _backend, _cuda, _library
 from flowkernels._version import __version__
 from flowkernels.integrations import describe as describe_peers
 from flowkernels.nn import MADE, ActNorm, AutoregressiveTransform, CouplingTransform, MaskedLinear
@@ -154,8 +154,9 @@ def _decide(like: Tensor) -> tuple[str, str]:
             return "reference", f"use_backend({chosen!r}) is in force, but it has nothing for {like.device}"
         return chosen, f"use_backend({chosen!r}) is in force"
     if not _backend.runs_reference(like):
-        name = "cpu" if like.device.type == "cpu" else "gpu"
-        return name, _level() if name == "cpu" else f"the kernels for {like.device.type}"
+        if like.device.type == "cuda":
+            return _cuda.choose("maf", "auto")
+        return "cpu", _level()
     if like.device.type == "cpu":
         return "reference", f"slow, because {_backend.why_unavailable('cpu')}"
     missing = "; ".join(
@@ -189,6 +190,8 @@ def _installation() -> str:
         f"  GPU:                 {devices if torch.cuda.is_available() else 'PyTorch sees none'}",
         f"  operators:           {_operators()}",
     ]
+    if torch.cuda.is_available():
+        lines += [f"  {line}" for line in _cuda.explain()]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Declares the torch operators and loads the compiled kernels.
 
-Each operator is declared once. Its plain-PyTorch reference is registered as the composite implementation: the fallback on
-every device, the fake kernel for tracing, and the truth that the kernels are tested against. The compiled library then
+Each operator is declared once. Its plain-PyTorch reference is registered as the composite implementation: the
+fallback on every device, the fake kernel for tracing, and the truth that the kernels are tested against. The compiled library then
 adds its CPU kernels on top; on CUDA tensors `_cuda.run` chooses between CUDA C++ and Triton.
 """
 
@@ -17,6 +17,13 @@ from torch import Tensor
 LIBRARY = torch.library.Library("flowkernels", "DEF")
 LIBRARY.define("build_info() -> str")
 LIBRARY.define("fresh_output(Tensor like) -> Tensor")
+
+# Operators with GPU kernels, CUDA C++ or Triton; the others run as their reference on CUDA tensors.
+ON_CUDA = {
+    "affine_coupling", "affine_coupling_backward", "masked_linear", "masked_linear_backward",
+    "maf_pack", "maf", "maf_backward",
+    "gumbel_softmax", "gumbel_softmax_backward", "gumbel_argmax",
+}  # fmt: skip
 
 # Why the compiled kernels are not here, or None when they are.
 load_error: str | None = None
@@ -37,7 +44,8 @@ def operator(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0].strip()
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, lambda *args: _run_on_cuda(name, reference, *args), "CUDA")
+    if name in ON_CUDA:
+        LIBRARY.impl(name, lambda *args: _run_on_cuda(name, reference, *args), "CUDA")
     if fake is not None:
         torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"flowkernels::{name}", vmap, lib=LIBRARY)
@@ -86,8 +94,8 @@ def vmap_rows(
 ) -> Any:
     """Batching rule of an operator whose tensors have a leading dimension of independent rows.
 
-    `ranks[i]` is the rank of tensor argument i (None for what is no tensor). The mapped dimension is merged into the rows,
-    the operator is called once, and the rows are split again.
+    `ranks[i]` is the rank of tensor argument i (None for what is no tensor). The mapped dimension is merged into the
+    rows, the operator is called once, and the rows are split again.
     """
     size, rows = info.batch_size, None
     for arg, dim, rank in zip(args, in_dims, ranks, strict=True):
@@ -121,9 +129,7 @@ def vmap_loop(op: Callable[..., Any], info: Any, in_dims: Sequence[Any], args: S
             return [pick(a, d, i) for a, d in zip(arg, dims, strict=True)]
         return arg.select(dim, i) if dim is not None and isinstance(arg, Tensor) else arg
 
-    calls = [
-        op(*(pick(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
-    ]
+    calls = [op(*(pick(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
     if isinstance(calls[0], Tensor):
         return torch.stack(calls), 0
     return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])

@@ -1,8 +1,8 @@
 """What the Triton kernels share: elementary functions and scale laws, the formulas of csrc/common in Triton.
 
-`libdevice` is not used: it does not exist when kernels run interpreted, which is how they are tested without a GPU. Triton's own
-float32 `exp` is fast but loses bits for large arguments, and there is no log1p, expm1, tanh or atan: they are built here. Every
-function keeps the type of its argument, float32 or float64.
+`libdevice` is not used: it does not exist when kernels run interpreted, which is how they are tested without a GPU.
+Triton's own float32 `exp` is fast but loses bits for large arguments, and there is no log1p, expm1, tanh or atan: they
+are built here. Every function keeps the type of its argument, float32 or float64.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def power_of_2(n):
 def exp(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
-    # x = n ln 2 + r with |r| <= ln(2) / 2, where the fast exponential is accurate; 2^n in two factors reaches the whole range.
+    # x = n ln 2 + r with |r| <= ln(2) / 2, where the fast exponential is accurate; 2^n in two factors
+    # reaches the whole range.
     c = tl.minimum(tl.maximum(x, -104.0), 89.0)
     n = tl.floor(c * 1.4426950408889634 + 0.5)
     r = (c - n * 0.693145751953125) - n * 1.428606765330187e-06
@@ -216,7 +217,7 @@ def activate(v, ACTIVATION: tl.constexpr):
         return v
 
 
-# ---- random streams: csrc/common/philox.h ------------------------------------------------------------------------------
+# ---- random streams: csrc/common/philox.h ----------------------------------------------------------------------
 
 
 @triton.jit
@@ -253,6 +254,6 @@ def gumbel_window(seed, stream, first, COMPUTE: tl.constexpr, ROWS: tl.constexpr
     w0, w1, w2, w3 = philox(seed, stream, block)
     word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, BLOCK))
     v = (word.to(COMPUTE) + 0.5) * 2.3283064365386963e-10
-    if COMPUTE == tl.float32:
+    if tl.float32 == COMPUTE:
         v = tl.minimum(v, 0.99999994)
     return -tl.log(-log1p(-v))

@@ -1,5 +1,5 @@
-// affine.h with the law, the form and the direction named at run time, for kernels in which every thread takes the same branch:
-// the instances add up (8 laws + 5 transforms) instead of multiplying (34), which keeps device code small.
+// affine.h with the law, the form and the direction named at run time, for kernels in which every thread takes the same
+// branch: the instances add up (8 laws + 5 transforms) instead of multiplying (34), which keeps device code small.
 #pragma once
 #include "common/activations.h"
 #include "common/affine.h"
@@ -17,28 +17,44 @@ struct NamedAffine {
 template <class T>
 FK_INLINE Scale<T> scale_by_name(Law law, T u, const LawParameters<T>& p) {
   switch (law) {
-    case Law::exp: return scale_of<Law::exp>(u, p);
-    case Law::softplus: return scale_of<Law::softplus>(u, p);
-    case Law::sigmoid: return scale_of<Law::sigmoid>(u, p);
-    case Law::tanh: return scale_of<Law::tanh>(u, p);
-    case Law::atan: return scale_of<Law::atan>(u, p);
-    case Law::softclip: return scale_of<Law::softclip>(u, p);
-    case Law::clip: return scale_of<Law::clip>(u, p);
-    default: return scale_of<Law::unit>(u, p);
+    case Law::exp:
+      return scale_of<Law::exp>(u, p);
+    case Law::softplus:
+      return scale_of<Law::softplus>(u, p);
+    case Law::sigmoid:
+      return scale_of<Law::sigmoid>(u, p);
+    case Law::tanh:
+      return scale_of<Law::tanh>(u, p);
+    case Law::atan:
+      return scale_of<Law::atan>(u, p);
+    case Law::softclip:
+      return scale_of<Law::softclip>(u, p);
+    case Law::clip:
+      return scale_of<Law::clip>(u, p);
+    default:
+      return scale_of<Law::unit>(u, p);
   }
 }
 
 template <class T>
 FK_INLINE T slope_by_name(Law law, T u, const LawParameters<T>& p) {
   switch (law) {
-    case Law::exp: return scale_slope<Law::exp>(u, p);
-    case Law::softplus: return scale_slope<Law::softplus>(u, p);
-    case Law::sigmoid: return scale_slope<Law::sigmoid>(u, p);
-    case Law::tanh: return scale_slope<Law::tanh>(u, p);
-    case Law::atan: return scale_slope<Law::atan>(u, p);
-    case Law::softclip: return scale_slope<Law::softclip>(u, p);
-    case Law::clip: return scale_slope<Law::clip>(u, p);
-    default: return scale_slope<Law::unit>(u, p);
+    case Law::exp:
+      return scale_slope<Law::exp>(u, p);
+    case Law::softplus:
+      return scale_slope<Law::softplus>(u, p);
+    case Law::sigmoid:
+      return scale_slope<Law::sigmoid>(u, p);
+    case Law::tanh:
+      return scale_slope<Law::tanh>(u, p);
+    case Law::atan:
+      return scale_slope<Law::atan>(u, p);
+    case Law::softclip:
+      return scale_slope<Law::softclip>(u, p);
+    case Law::clip:
+      return scale_slope<Law::clip>(u, p);
+    default:
+      return scale_slope<Law::unit>(u, p);
   }
 }
 
@@ -78,15 +94,24 @@ FK_INLINE AffineGradient<T> affine_backward_by_name(const NamedAffine<T>& a, T g
 template <class T>
 FK_INLINE T activate_by_name(Activation a, T v) {
   switch (a) {
-    case Activation::relu: return activate<Activation::relu>(v);
-    case Activation::tanh: return activate<Activation::tanh>(v);
-    case Activation::elu: return activate<Activation::elu>(v);
-    case Activation::silu: return activate<Activation::silu>(v);
-    case Activation::leaky_relu: return activate<Activation::leaky_relu>(v);
-    case Activation::gelu: return activate<Activation::gelu>(v);
-    case Activation::sigmoid: return activate<Activation::sigmoid>(v);
-    case Activation::softplus: return activate<Activation::softplus>(v);
-    default: return v;
+    case Activation::relu:
+      return activate<Activation::relu>(v);
+    case Activation::tanh:
+      return activate<Activation::tanh>(v);
+    case Activation::elu:
+      return activate<Activation::elu>(v);
+    case Activation::silu:
+      return activate<Activation::silu>(v);
+    case Activation::leaky_relu:
+      return activate<Activation::leaky_relu>(v);
+    case Activation::gelu:
+      return activate<Activation::gelu>(v);
+    case Activation::sigmoid:
+      return activate<Activation::sigmoid>(v);
+    case Activation::softplus:
+      return activate<Activation::softplus>(v);
+    default:
+      return v;
   }
 }
 
@@ -94,15 +119,24 @@ FK_INLINE T activate_by_name(Activation a, T v) {
 template <class T>
 FK_INLINE T slope_by_name(Activation a, T kept) {
   switch (a) {
-    case Activation::relu: return slope_from_kept<Activation::relu>(kept);
-    case Activation::tanh: return slope_from_kept<Activation::tanh>(kept);
-    case Activation::elu: return slope_from_kept<Activation::elu>(kept);
-    case Activation::silu: return slope_from_kept<Activation::silu>(kept);
-    case Activation::leaky_relu: return slope_from_kept<Activation::leaky_relu>(kept);
-    case Activation::gelu: return slope_from_kept<Activation::gelu>(kept);
-    case Activation::sigmoid: return slope_from_kept<Activation::sigmoid>(kept);
-    case Activation::softplus: return slope_from_kept<Activation::softplus>(kept);
-    default: return T(1);
+    case Activation::relu:
+      return slope_from_kept<Activation::relu>(kept);
+    case Activation::tanh:
+      return slope_from_kept<Activation::tanh>(kept);
+    case Activation::elu:
+      return slope_from_kept<Activation::elu>(kept);
+    case Activation::silu:
+      return slope_from_kept<Activation::silu>(kept);
+    case Activation::leaky_relu:
+      return slope_from_kept<Activation::leaky_relu>(kept);
+    case Activation::gelu:
+      return slope_from_kept<Activation::gelu>(kept);
+    case Activation::sigmoid:
+      return slope_from_kept<Activation::sigmoid>(kept);
+    case Activation::softplus:
+      return slope_from_kept<Activation::softplus>(kept);
+    default:
+      return T(1);
   }
 }
 

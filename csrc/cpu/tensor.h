@@ -15,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common/math.h"
+
 namespace fk {
 
 using torch::headeronly::ScalarType;
@@ -25,7 +27,7 @@ template <class T>
 struct View {
   T* data = nullptr;
   int64_t row = 0, column = 0;  // strides in elements
-  T& operator()(int64_t r, int64_t c) const { return data[r * row + c * column]; }
+  FK_INLINE T& operator()(int64_t r, int64_t c) const { return data[r * row + c * column]; }
 };
 
 template <class T>

@@ -1,7 +1,7 @@
 // affine_coupling on CUDA: one pass over memory, sixteen bytes at a time where strides and addresses allow it.
 //
-// A row belongs to one warp, or to a whole block when rows are few or very wide. The log-det is summed per thread over a fixed
-// set of features and then across threads in a fixed order, so the same input gives the same bits.
+// A row belongs to one warp, or to a whole block when rows are few or very wide. The log-det is summed per thread over
+// a fixed set of features and then across threads in a fixed order, so the same input gives the same bits.
 #include "common/affine_by_name.h"
 #include "cuda/launch.h"
 
@@ -76,7 +76,8 @@ __device__ inline void load_columns(T (&to)[kPer<S>], const View<const S>& from,
 }
 
 template <class S, class T>
-__device__ inline void store_columns(const View<S>& to, int64_t r, const int64_t (&columns)[kPer<S>], const T (&from)[kPer<S>]) {
+__device__ inline void store_columns(const View<S>& to, int64_t r, const int64_t (&columns)[kPer<S>],
+                                     const T (&from)[kPer<S>]) {
 #pragma unroll
   for (int i = 0; i < kPer<S>; ++i)
     if (columns[i] >= 0) to.data[r * to.row + columns[i] * to.column] = static_cast<S>(from[i]);
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(kThreads) affine_coupling_backward_kernel(cons
 
 template <class S>
 bool vectorises(const View<S>& v, int64_t features) {
-  return v.column == 1 && v.row % kPer<std::remove_const_t<S>> == 0 &&
-         features % kPer<std::remove_const_t<S>> == 0 && reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0;
+  return v.column == 1 && v.row % kPer<std::remove_const_t<S>> == 0 && features % kPer<std::remove_const_t<S>> == 0 &&
+         reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0;
 }
 
 template <class S, class T>
@@ -200,9 +201,9 @@ View<S> dense(Tensor& t, int64_t features) {
 }
 
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                           const std::optional<Tensor>& logdet,
-                                           const std::optional<Tensor>& positions, int64_t law,
-                                           const std::vector<double>& law_parameters, int64_t form, bool inverse) {
+                                           const std::optional<Tensor>& logdet, const std::optional<Tensor>& positions,
+                                           int64_t law, const std::vector<double>& law_parameters, int64_t form,
+                                           bool inverse) {
   const OnDevice device(x);
   const int64_t rows = x.size(0), features = x.size(1);
   const ScalarType sum = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -216,17 +217,18 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift,
     a.logdet_in = data_or_null<T>(running);
     a.logdet = static_cast<T*>(total.mutable_data_ptr());
     a.wide = wide_rows(device, rows, features);
-    launch(device, "affine_coupling", positions ? affine_coupling_kernel<S, T, true> : affine_coupling_kernel<S, T, false>,
-           a.wide ? blocks_for(rows, 1) : blocks_for(rows, kWarps),
-           kThreads, 0, a);
+    launch(device, "affine_coupling",
+           positions ? affine_coupling_kernel<S, T, true> : affine_coupling_kernel<S, T, false>,
+           a.wide ? blocks_for(rows, 1) : blocks_for(rows, kWarps), kThreads, 0, a);
   });
   return {y, total};
 }
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y, const Tensor& grad_logdet,
                                                             const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                                            const std::optional<Tensor>& positions, int64_t law, const std::vector<double>& law_parameters,
-                                                            int64_t form, bool inverse) {
+                                                            const std::optional<Tensor>& positions, int64_t law,
+                                                            const std::vector<double>& law_parameters, int64_t form,
+                                                            bool inverse) {
   const OnDevice device(x);
   const int64_t rows = x.size(0), features = x.size(1);
   const int64_t width = shift.size(1);
@@ -257,10 +259,12 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels_cuda, m) {
   m.def(
-      "affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? logdet, Tensor? positions, int law, float[] law_parameters, int form, "
+      "affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? logdet, Tensor? positions, int law, float[] "
+      "law_parameters, int form, "
       "bool inverse) -> (Tensor, Tensor)");
   m.def(
-      "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor shift, Tensor scale, Tensor? positions, int law, "
+      "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor shift, Tensor scale, Tensor? "
+      "positions, int law, "
       "float[] law_parameters, int form, bool inverse) -> (Tensor, Tensor, Tensor)");
 }
 

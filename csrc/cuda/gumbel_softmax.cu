@@ -1,6 +1,6 @@
-// gumbel_softmax on CUDA. A row belongs to a warp, or to a block when it is long; a thread draws the four words of one block of the
-// stream for four neighbours. The noise of the first kKeptQuads groups of a thread stays in registers, that of longer rows is
-// drawn twice and never stored.
+// gumbel_softmax on CUDA. A row belongs to a warp, or to a block when it is long; a thread draws the four words of one
+// block of the stream for four neighbours. The noise of the first kKeptQuads groups of a thread stays in registers,
+// that of longer rows is drawn twice and never stored.
 #include "common/philox.h"
 #include "cuda/launch.h"
 
@@ -31,14 +31,16 @@ struct SoftMax {
 
 template <class T>
 __device__ inline T base_of(T top) {
-  return top == -std::numeric_limits<T>::infinity() ? T(0) : top;  // while all are -inf: -inf - -inf must not become NaN
+  return top == -std::numeric_limits<T>::infinity() ? T(0)
+                                                    : top;  // while all are -inf: -inf - -inf must not become NaN
 }
 
 template <class T>
 __device__ inline SoftMax<T> merge(const SoftMax<T>& a, const SoftMax<T>& b, T tau) {
   const bool second = b.top > a.top || (b.top == a.top && b.index < a.index);
   const T top = second ? b.top : a.top, base = base_of(top);
-  return {top, a.sum * math::exp((a.top - base) / tau) + b.sum * math::exp((b.top - base) / tau), second ? b.index : a.index};
+  return {top, a.sum * math::exp((a.top - base) / tau) + b.sum * math::exp((b.top - base) / tau),
+          second ? b.index : a.index};
 }
 
 // Over the threads of a row, in a fixed order; every thread gets the result.
@@ -62,13 +64,15 @@ __device__ inline SoftMax<T> merge_row(SoftMax<T> mine, T tau, bool wide, SoftMa
 
 // logits + noise of the four elements from 4 * block on; -inf where they do not belong to row r.
 template <class T>
-__device__ inline void perturbed(T (&p)[4], const GumbelCall<T>& a, int64_t r, int64_t first, const RandomStream& stream) {
+__device__ inline void perturbed(T (&p)[4], const GumbelCall<T>& a, int64_t r, int64_t first,
+                                 const RandomStream& stream) {
   std::uint32_t words[4];
   philox::block(stream, static_cast<std::uint64_t>(first) / 4, words);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t c = first + i - r * a.classes;
-    p[i] = c >= 0 && c < a.classes ? a.logits(r, c) + gumbel_of_word(words[i], T(0)) : -std::numeric_limits<T>::infinity();
+    p[i] =
+        c >= 0 && c < a.classes ? a.logits(r, c) + gumbel_of_word(words[i], T(0)) : -std::numeric_limits<T>::infinity();
   }
 }
 
@@ -175,7 +179,8 @@ __global__ void __launch_bounds__(kGumbelThreads) gumbel_softmax_backward_kernel
 }
 
 inline bool is_wide(const OnDevice& device, int64_t rows, int64_t classes) {
-  return classes > 4 * kWarp * kKeptQuads || (classes > 256 && rows < 16 * static_cast<int64_t>(device.multiprocessors()));
+  return classes > 4 * kWarp * kKeptQuads ||
+         (classes > 256 && rows < 16 * static_cast<int64_t>(device.multiprocessors()));
 }
 
 Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream, bool hard) {
@@ -195,12 +200,14 @@ Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& see
     a.hard = hard;
     a.wide = is_wide(device, rows, classes);
     a.y = static_cast<T*>(y.mutable_data_ptr());
-    launch(device, "gumbel_softmax", gumbel_softmax_kernel<T>, blocks_for(rows, a.wide ? 1 : kGumbelWarps), kGumbelThreads, 0, a);
+    launch(device, "gumbel_softmax", gumbel_softmax_kernel<T>, blocks_for(rows, a.wide ? 1 : kGumbelWarps),
+           kGumbelThreads, 0, a);
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Tensor& y, const Tensor& tau, bool for_tau) {
+std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Tensor& y, const Tensor& tau,
+                                                   bool for_tau) {
   const OnDevice device(y);
   const int64_t rows = y.size(0), classes = y.size(1);
   Tensor grad_logits = new_empty(y, {rows, classes}), grad_tau = new_empty(y, {for_tau ? rows : 0});
@@ -215,8 +222,8 @@ std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Ten
     a.wide = is_wide(device, rows, classes);
     a.y = static_cast<T*>(grad_logits.mutable_data_ptr());
     a.grad_tau = for_tau ? static_cast<T*>(grad_tau.mutable_data_ptr()) : nullptr;
-    launch(device, "gumbel_softmax_backward", gumbel_softmax_backward_kernel<T>, blocks_for(rows, a.wide ? 1 : kGumbelWarps),
-           kGumbelThreads, 0, a);
+    launch(device, "gumbel_softmax_backward", gumbel_softmax_backward_kernel<T>,
+           blocks_for(rows, a.wide ? 1 : kGumbelWarps), kGumbelThreads, 0, a);
   });
   return {grad_logits, grad_tau};
 }

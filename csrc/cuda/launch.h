@@ -1,5 +1,6 @@
-// What every CUDA launch needs: the current stream, the device guard, checked launches. The same kernels are compiled as host C++
-// for the tests (FK_HOST_SHIM, tests/cuda/host_shim.h), where a launch is a loop over blocks and a thread is a fiber.
+// What every CUDA launch needs: the current stream, the device guard, checked launches. The same kernels are compiled
+// as host C++ for the tests (FK_HOST_SHIM, tests/cuda/host_shim.h), where a launch is a loop over blocks and a thread
+// is a fiber.
 #pragma once
 #if defined(FK_HOST_SHIM)
 #include "host_shim.h"
@@ -52,8 +53,8 @@ class OnDevice {
 #endif
 };
 
-// kernel<<<blocks, threads, shared>>>(arguments...) on the device's stream. Too much shared memory, no kernel image for this
-// architecture and the like are errors here, not later.
+// kernel<<<blocks, threads, shared>>>(arguments...) on the device's stream. Too much shared memory, no kernel image for
+// this architecture and the like are errors here, not later.
 template <class... Parameters, class... Arguments>
 void launch(const OnDevice& device, const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
             int64_t shared, const Arguments&... arguments) {
@@ -70,10 +71,11 @@ void launch(const OnDevice& device, const char* name, void (*kernel)(Parameters.
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared),
            device.stream()>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error),
-                  error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion
-                      ? " (flowkernels was not built for this GPU: rebuild with its architecture in TORCH_CUDA_ARCH_LIST)"
-                      : "");
+  STD_TORCH_CHECK(
+      error == cudaSuccess, name, ": ", cudaGetErrorString(error),
+      error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion
+          ? " (flowkernels was not built for this GPU: rebuild with its architecture in TORCH_CUDA_ARCH_LIST)"
+          : "");
 #endif
 }
 
@@ -118,11 +120,16 @@ __device__ inline T warp_sum(T v) {
 template <class F>
 void dispatch_storage(const Tensor& t, F&& f) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return f.template operator()<double, double>();
-    case ScalarType::Float: return f.template operator()<float, float>();
-    case ScalarType::Half: return f.template operator()<torch::headeronly::Half, float>();
-    case ScalarType::BFloat16: return f.template operator()<torch::headeronly::BFloat16, float>();
-    default: STD_TORCH_CHECK(false, "expected a floating-point tensor");
+    case ScalarType::Double:
+      return f.template operator()<double, double>();
+    case ScalarType::Float:
+      return f.template operator()<float, float>();
+    case ScalarType::Half:
+      return f.template operator()<torch::headeronly::Half, float>();
+    case ScalarType::BFloat16:
+      return f.template operator()<torch::headeronly::BFloat16, float>();
+    default:
+      STD_TORCH_CHECK(false, "expected a floating-point tensor");
   }
 }
 

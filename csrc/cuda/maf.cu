@@ -1,18 +1,21 @@
 // The autoregressive operators on CUDA: one launch for a whole direction, forwards or backwards.
 //
-// A thread block takes a tile of kSamples samples through the whole network and never meets another block. Activations of the tile
-// lie in shared memory as [unit][sample], 32 bytes a unit. The sampling sweep goes block of steps by block of steps:
+// A thread block takes a tile of kSamples samples through the whole network and never meets another block. Activations
+// of the tile lie in shared memory as [unit][sample], 32 bytes a unit. The sampling sweep goes block of steps by block
+// of steps:
 //
-//   near    all warps: what the previous block's units contribute to this block (few columns), and staging of the weights inside
+//   near    all warps: what the previous block's units contribute to this block (few columns), and staging of the
+//   weights inside
 //           the block
 //   reduce  all threads: biases, context and partial products, in a fixed order
-//   chain   one warp per sample goes step by step; the rows of the block live in its registers, one or two to a lane, and a unit
-//           that becomes final is broadcast by a shuffle and multiplied into all rows that need it. Meanwhile the other half of
-//           the warps computes the products of the next block with everything that was final before this one: the bulk of the
-//           arithmetic, hidden behind the chain.
+//   chain   one warp per sample goes step by step; the rows of the block live in its registers, one or two to a lane,
+//   and a unit
+//           that becomes final is broadcast by a shuffle and multiplied into all rows that need it. Meanwhile the other
+//           half of the warps computes the products of the next block with everything that was final before this one:
+//           the bulk of the arithmetic, hidden behind the chain.
 //
-// Networks that do not fit this (a step with more than kBlockRows units, many layers, too little shared memory) take the same
-// sweep layer by layer with block-wide barriers. The density direction is one pass of the same panel products.
+// Networks that do not fit this (a step with more than kBlockRows units, many layers, too little shared memory) take
+// the same sweep layer by layer with block-wide barriers. The density direction is one pass of the same panel products.
 #include "common/affine_by_name.h"
 #include "common/net.h"
 #include "cuda/launch.h"
@@ -20,12 +23,12 @@
 namespace fk {
 
 inline constexpr int kMaxDeviceLayers = 16;
-inline constexpr int kChainLayers = 6;       // layers that a chain keeps in registers
-inline constexpr int kBlockRows = 48;        // flowkernels/plan.py: BLOCK_ROWS
+inline constexpr int kChainLayers = 6;  // layers that a chain keeps in registers
+inline constexpr int kBlockRows = 48;   // flowkernels/plan.py: BLOCK_ROWS
 inline constexpr int kAccStride = kBlockRows + 1;
 inline constexpr int kPanelsPerLayer = kBlockRows / kPanelRows;
 inline constexpr int kMaxBlockPanels = kChainLayers * kPanelsPerLayer;
-inline constexpr int kSlots = 64;            // partial products of panels that wait for their sum
+inline constexpr int kSlots = 64;  // partial products of panels that wait for their sum
 inline constexpr int kMetas = 3;
 static_assert(kMaxBlockPanels <= kWarp, "one lane prepares one panel");
 
@@ -36,12 +39,12 @@ inline constexpr int kTileThreads = 2 * kSamples<T> * kWarp;
 
 template <class T>
 struct MafDeviceCall {
-  const int64_t* table;       // of the net that runs
-  const int64_t* other;       // backwards: of the forward net, for where things were kept
+  const int64_t* table;  // of the net that runs
+  const int64_t* other;  // backwards: of the forward net, for where things were kept
   const T* packed;
   NamedAffine<T> affine;
-  int64_t samples, stride;    // stride: samples per kept row
-  const T* input;             // (samples, features), as are the next three; forwards only
+  int64_t samples, stride;  // stride: samples per kept row
+  const T* input;           // (samples, features), as are the next three; forwards only
   T* output;
   const T* grad_output;
   T* grad_input;
@@ -54,7 +57,7 @@ struct MafDeviceCall {
   T* scratch;                 // for tiles that shared memory has no room for, or null
   int64_t scratch_per_block;  // in elements
   int shared_bytes;
-  bool sweep;                 // the sampling direction
+  bool sweep;  // the sampling direction
 };
 
 template <class T>
@@ -64,11 +67,12 @@ struct DeviceLayer {
   const int64_t *residual_row, *perm, *up_to, *group, *columns_up_to;
   const Panel* panel;
   int64_t bias;
-  T* out;           // [row][sample] what the next layer reads
-  T* before;        // the pre-activations where a residual connection reads them, or null
-  const T* columns; // what this layer reads
+  T* out;               // [row][sample] what the next layer reads
+  T* before;            // the pre-activations where a residual connection reads them, or null
+  const T* columns;     // what this layer reads
   int64_t kept_output;  // first kept row of the output; backwards: of the gradients
-  int64_t kept_slope;   // forwards: first kept row of the pre-activation, -1: not kept. Backwards: slopes come from row kept_slope - r
+  int64_t kept_slope;   // forwards: first kept row of the pre-activation, -1: not kept. Backwards: slopes come from row
+                        // kept_slope - r
 };
 
 template <class T>
@@ -152,8 +156,8 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
     }
   __syncthreads();
   if (thread == 0) {
-    // Activations of all layers in shared memory, beside the chain's buffers if there are any; else in the scratch memory; and
-    // where the host saw no need of that, without the chain.
+    // Activations of all layers in shared memory, beside the chain's buffers if there are any; else in the scratch
+    // memory; and where the host saw no need of that, without the chain.
     const int64_t room = call.shared_bytes / static_cast<int64_t>(sizeof(T));
     const int64_t buffers = kSlots * kPanelRows * S + net.layers * (kAccStride * S + kBlockRows * kBlockRows);
     const int64_t last_rows = net.layer[net.layers - 1].rows;
@@ -216,9 +220,9 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// sum[row][sample] over the columns [from, to) of a panel, by one warp. A lane takes four rows and every 32/quads-th column:
-// one sixteen-byte load of weights and 32 bytes of activations feed 4 x kSamples multiply-adds. Afterwards every lane has the
-// sums of its four rows, 4 * (lane % lanes_of_rows) onwards.
+// sum[row][sample] over the columns [from, to) of a panel, by one warp. A lane takes four rows and every 32/quads-th
+// column: one sixteen-byte load of weights and 32 bytes of activations feed 4 x kSamples multiply-adds. Afterwards
+// every lane has the sums of its four rows, 4 * (lane % lanes_of_rows) onwards.
 
 __device__ inline int lanes_of_rows(int height) { return height <= 4 ? 1 : height <= 8 ? 2 : 4; }
 
@@ -322,7 +326,8 @@ struct DeviceTile {
     return out.y;
   }
 
-  // ---- every layer after the other, with block-wide barriers ---------------------------------------------------------
+  // ---- every layer after the other, with block-wide barriers
+  // ---------------------------------------------------------
 
   // Rows of the panels [begin, end) over the columns [0, to): sums with bias and context, finished or left as they are.
   __device__ void panels(int l, int begin, int end, int to, bool finished) const {
@@ -397,14 +402,15 @@ struct DeviceTile {
     } else {
       for (int f = r0 / 2 + lane; f < r1 / 2; f += kWarp) {
         const T z = is_sample(s) ? call.input[(first + s) * net.features + net.input_perm[f]] : T(0);
-        net.state_in[static_cast<int64_t>(f) * S + s] = sample_feature(
-            f, s, z, out.out[static_cast<int64_t>(2 * f) * S + s], out.out[static_cast<int64_t>(2 * f + 1) * S + s], logdet);
+        net.state_in[static_cast<int64_t>(f) * S + s] =
+            sample_feature(f, s, z, out.out[static_cast<int64_t>(2 * f) * S + s],
+                           out.out[static_cast<int64_t>(2 * f + 1) * S + s], logdet);
       }
     }
   }
 
-  // Row r of the backward net's output is feature features - 1 - r; its inputs are the gradients of that feature's scale and
-  // shift, in this order because time runs backwards.
+  // Row r of the backward net's output is feature features - 1 - r; its inputs are the gradients of that feature's
+  // scale and shift, in this order because time runs backwards.
   struct BackwardFeature {
     T grad_output, z, shift, u;
   };
@@ -421,8 +427,10 @@ struct DeviceTile {
   __device__ void backward_feature(int r, int s, T through, T (&gradients)[2]) const {
     backward_feature(r, s, through, load_backward(r, s), is_sample(s) ? call.grad_logdet[first + s] : T(0), gradients);
   }
-  __device__ void backward_feature(int r, int s, T through, const BackwardFeature& b, T grad_logdet, T (&gradients)[2]) const {
-    const AffineGradient<T> g = affine_backward_by_name(call.affine, b.grad_output + through, grad_logdet, b.z, b.shift, b.u);
+  __device__ void backward_feature(int r, int s, T through, const BackwardFeature& b, T grad_logdet,
+                                   T (&gradients)[2]) const {
+    const AffineGradient<T> g =
+        affine_backward_by_name(call.affine, b.grad_output + through, grad_logdet, b.z, b.shift, b.u);
     gradients[0] = g.u;
     gradients[1] = g.shift;
     keep(call.grads, 2 * r, s, g.u);
@@ -448,14 +456,16 @@ struct DeviceTile {
       };
       for (int s = begin; s < end; ++s) {
         step(last, s, s);
-        step_features(static_cast<int>(net.layer[last].up_to[s]), static_cast<int>(net.layer[last].up_to[s + 1]), logdet);
+        step_features(static_cast<int>(net.layer[last].up_to[s]), static_cast<int>(net.layer[last].up_to[s + 1]),
+                      logdet);
         __syncthreads();
         for (int l = 0; l < last; ++l) step(l, s, s + 1);
       }
     }
   }
 
-  // ---- the sweep with the chain in registers --------------------------------------------------------------------------
+  // ---- the sweep with the chain in registers
+  // --------------------------------------------------------------------------
 
   // One warp writes down what block b needs.
   __device__ void prepare(int b, BlockMeta& meta) const {
@@ -547,9 +557,10 @@ struct DeviceTile {
       for (int i = thread; i < rows * columns; i += kTileThreads<T>) {
         const int c = i / rows, row = i % rows, p = l * kPanelsPerLayer + row / kPanelRows;
         const Panel& panel = layer.panel[layer.group[meta.block + 1] + row / kPanelRows];
-        to[i] = column0 + c < panel.depth
-                    ? call.packed[meta.offset[p] + static_cast<int64_t>(column0 + c) * meta.height[p] + row % kPanelRows]
-                    : T(0);
+        to[i] =
+            column0 + c < panel.depth
+                ? call.packed[meta.offset[p] + static_cast<int64_t>(column0 + c) * meta.height[p] + row % kPanelRows]
+                : T(0);
       }
     }
   }
@@ -594,10 +605,9 @@ struct DeviceTile {
         rows[l][j] = mine ? net.acc[(l * S + s) * kAccStride + row] : T(0);
         if constexpr (Backward)
           if (l < last)
-            slope[l][j] = slope_by_name(net.layer[l].activation,
-                                        mine ? call.saved_in[(net.layer[l].kept_slope - meta.row0[l] - row) * call.stride +
-                                                             first + s]
-                                             : T(0));
+            slope[l][j] = slope_by_name(
+                net.layer[l].activation,
+                mine ? call.saved_in[(net.layer[l].kept_slope - meta.row0[l] - row) * call.stride + first + s] : T(0));
       }
     }
     // What the features of the block need from memory, one or two features to a lane.
@@ -634,7 +644,8 @@ struct DeviceTile {
         const int count = meta.rows[0];
         if constexpr (Backward) {
           const BackwardFeature b{pick(values[0], f), pick(values[1], f), pick(values[2], f), pick(values[3], f)};
-          const AffineGradient<T> g = affine_backward_by_name(call.affine, b.grad_output + out[0], grad_logdet, b.z, b.shift, b.u);
+          const AffineGradient<T> g =
+              affine_backward_by_name(call.affine, b.grad_output + out[0], grad_logdet, b.z, b.shift, b.u);
           const int r = feature0 + f;
           if (lane == 0) {
             net.state_in[static_cast<int64_t>(2 * r) * S + s] = g.u;
@@ -745,7 +756,8 @@ __global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDevice
       else
         tile.slow_sweep(logdet);
       logdet = warp_sum(logdet);
-      if (!Backward && tile.lane == 0 && tile.warp < S && tile.is_sample(tile.warp)) call.logdet[tile.first + tile.warp] = logdet;
+      if (!Backward && tile.lane == 0 && tile.warp < S && tile.is_sample(tile.warp))
+        call.logdet[tile.first + tile.warp] = logdet;
     } else if constexpr (!Backward) {
       for (int i = thread; i < net.features * S; i += kTileThreads<T>) {
         const int f = i / S, s = i % S;
@@ -758,7 +770,8 @@ __global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDevice
       const T* theta = net.layer[last].out;
       for (int i = thread; i < net.features * S; i += kTileThreads<T>) {
         const int f = i / S, s = i % S;
-        const Transformed<T> out = affine_by_name(call.affine, net.state_in[i], theta[2 * f * S + s], theta[(2 * f + 1) * S + s]);
+        const Transformed<T> out =
+            affine_by_name(call.affine, net.state_in[i], theta[2 * f * S + s], theta[(2 * f + 1) * S + s]);
         logdet += out.logdet;
         if (tile.is_sample(s)) call.output[(tile.first + s) * net.features + net.input_perm[f]] = out.y;
       }
@@ -784,7 +797,8 @@ __global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDevice
       for (int i = thread; i < net.features * S; i += kTileThreads<T>) {
         const int r = i / S, s = i % S;
         if (tile.is_sample(s))
-          call.grad_input[(tile.first + s) * net.features + tile.forward_perm(net.features - 1 - r)] += through[r * S + s];
+          call.grad_input[(tile.first + s) * net.features + tile.forward_perm(net.features - 1 - r)] +=
+              through[r * S + s];
       }
     }
     __syncthreads();
@@ -835,8 +849,8 @@ __global__ void __launch_bounds__(kPackThreads) maf_pack_kernel(const PackCall<T
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gradients of one layer's weights: rows of kept gradients times rows of kept activations, 64 x 64 of them to a block. Tiles
-// that the mask leaves empty return at once.
+// Gradients of one layer's weights: rows of kept gradients times rows of kept activations, 64 x 64 of them to a block.
+// Tiles that the mask leaves empty return at once.
 
 inline constexpr int kGradThreads = 256, kGradTile = 64, kGradDepth = 16;
 
@@ -882,7 +896,8 @@ __global__ void __launch_bounds__(kGradThreads) maf_weight_gradient_kernel(const
   const bool with_bias = column0 == 0;
   if (row0 >= rows || (column0 >= depth && !with_bias)) return;
   const int last = layers - 1;
-  const T* g = call.grads + (kept_output_of(call.back, call.layer == last ? -1 : layers - 2 - call.layer) + rows - 1) * call.stride;
+  const T* g = call.grads +
+               (kept_output_of(call.back, call.layer == last ? -1 : layers - 2 - call.layer) + rows - 1) * call.stride;
   const T* a = call.saved + kept_output_of(call.table, call.layer - 1) * call.stride;
   const int ty = thread / 16, tx = thread % 16;
   T sum[4][4] = {}, bias[4] = {};
@@ -912,7 +927,8 @@ __global__ void __launch_bounds__(kGradThreads) maf_weight_gradient_kernel(const
     __syncthreads();
   }
   const int64_t* perm = call.table + r[7];
-  const int64_t* columns = call.layer ? call.table + call.table[16 + 16 * (call.layer - 1) + 7] : call.table + call.table[5];
+  const int64_t* columns =
+      call.layer ? call.table + call.table[16 + 16 * (call.layer - 1) + 7] : call.table + call.table[5];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = row0 + ty + 16 * i;
@@ -962,7 +978,8 @@ inline int64_t kept_stride(int64_t samples) { return (samples + kKeptLanes - 1) 
 
 inline const int64_t* table_of(const Tensor& table) { return static_cast<const int64_t*>(table.const_data_ptr()); }
 
-Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>& masks, const Tensor& table, int64_t size) {
+Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>& masks, const Tensor& table,
+                int64_t size) {
   const OnDevice device(table);
   STD_TORCH_CHECK(masks.size() <= kMaxDeviceLayers, "the CUDA kernels take at most ", kMaxDeviceLayers, " layers, got ",
                   masks.size());
@@ -984,13 +1001,15 @@ Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>
   return packed;
 }
 
-// The host never looks into the table, which lies on the device: that would wait for it. Its length bounds the number of units.
+// The host never looks into the table, which lies on the device: that would wait for it. Its length bounds the number
+// of units.
 template <class T, bool Backward>
 void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& like, int64_t table_size) {
   constexpr int64_t S = kSamples<T>;
   const int64_t tiles = (call.samples + S - 1) / S;
   if (tiles == 0) return;
-  const int64_t work = kSlots * kPanelRows * S + kChainLayers * (kAccStride * S + kBlockRows * kBlockRows) + kTileThreads<T>;
+  const int64_t work =
+      kSlots * kPanelRows * S + kChainLayers * (kAccStride * S + kBlockRows * kBlockRows) + kTileThreads<T>;
   const int64_t state = 2 * table_size * S;
   const int64_t statically = static_cast<int64_t>(sizeof(DeviceNet<T>) + kMetas * sizeof(BlockMeta) + 1024);
   const int64_t limit = (device.shared_memory() - statically) / 128 * 128;
@@ -1010,8 +1029,8 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
 
 template <bool Inverse>
 std::tuple<Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>& context, const Tensor& packed,
-                                       const Tensor& table, int64_t law, const std::vector<double>& law_parameters,
-                                       int64_t form, const std::optional<Tensor>& saved) {
+                               const Tensor& table, int64_t law, const std::vector<double>& law_parameters,
+                               int64_t form, const std::optional<Tensor>& saved) {
   const OnDevice device(input);
   const int64_t samples = input.size(0), features = input.size(1);
   const Tensor in = torch::stable::contiguous(input);
@@ -1072,19 +1091,34 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
     call.sweep = Inverse;
     launch_maf<T, true>(device, call, in, table_back.size(0));
     if (context_width && samples) {
-      ContextGradientCall<T> c{call.other, call.table, samples, stride, context_width, call.grads,
+      ContextGradientCall<T> c{call.other,
+                               call.table,
+                               samples,
+                               stride,
+                               context_width,
+                               call.grads,
                                static_cast<T*>(grad_context.mutable_data_ptr())};
-      launch(device, "maf_context_gradient", maf_context_gradient_kernel<T>, 4 * device.multiprocessors(), kPackThreads, 0, c);
+      launch(device, "maf_context_gradient", maf_context_gradient_kernel<T>, 4 * device.multiprocessors(), kPackThreads,
+             0, c);
     }
     if (want_parameters && samples) {
       T* to = static_cast<T*>(grad_parameters.mutable_data_ptr());
       for (size_t l = 0; l < masks.size(); ++l) {
         const int64_t row_tiles = (masks[l].size(0) + kGradTile - 1) / kGradTile,
                       column_tiles = std::max<int64_t>(1, (masks[l].size(1) + kGradTile - 1) / kGradTile);
-        WeightGradientCall<T> c{call.other, call.table, static_cast<int>(l), static_cast<int>(column_tiles), samples, stride,
-                                call.saved_in, call.grads, static_cast<const bool*>(masks[l].const_data_ptr()), to,
+        WeightGradientCall<T> c{call.other,
+                                call.table,
+                                static_cast<int>(l),
+                                static_cast<int>(column_tiles),
+                                samples,
+                                stride,
+                                call.saved_in,
+                                call.grads,
+                                static_cast<const bool*>(masks[l].const_data_ptr()),
+                                to,
                                 to + masks[l].numel()};
-        launch(device, "maf_weight_gradient", maf_weight_gradient_kernel<T>, row_tiles * column_tiles, kGradThreads, 0, c);
+        launch(device, "maf_weight_gradient", maf_weight_gradient_kernel<T>, row_tiles * column_tiles, kGradThreads, 0,
+               c);
         to += masks[l].numel() + masks[l].size(0);
       }
     }
@@ -1097,13 +1131,15 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels_cuda, m) {
   m.def("maf_pack(Tensor[] parameters, Tensor[] masks, Tensor table, int size) -> Tensor");
   for (const char* name : {"maf_forward", "maf_inverse"}) {
-    const std::string forward = std::string(name) +
-                                "(Tensor x, Tensor? context, Tensor packed, Tensor table, int law, float[] law_parameters, "
-                                "int form, Tensor(a!)? saved) -> (Tensor, Tensor)";
-    const std::string backward = std::string(name) +
-                                 "_backward(Tensor grad_output, Tensor grad_logdet, Tensor saved, Tensor packed_back, "
-                                 "Tensor[] masks, Tensor table, Tensor table_back, int law, float[] law_parameters, int form, "
-                                 "int context_width, bool want_parameters) -> (Tensor, Tensor, Tensor)";
+    const std::string forward =
+        std::string(name) +
+        "(Tensor x, Tensor? context, Tensor packed, Tensor table, int law, float[] law_parameters, "
+        "int form, Tensor(a!)? saved) -> (Tensor, Tensor)";
+    const std::string backward =
+        std::string(name) +
+        "_backward(Tensor grad_output, Tensor grad_logdet, Tensor saved, Tensor packed_back, "
+        "Tensor[] masks, Tensor table, Tensor table_back, int law, float[] law_parameters, int form, "
+        "int context_width, bool want_parameters) -> (Tensor, Tensor, Tensor)";
     m.def(forward.c_str());
     m.def(backward.c_str());
   }

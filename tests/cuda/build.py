@@ -54,11 +54,30 @@ def host_library(source: Path) -> Path:
         partial = target.with_suffix(f".{os.getpid()}.part")
         _run(
             [
-                os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++20", "-O1", "-g0", "-fPIC", "-shared",
-                "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-DFK_HOST_SHIM",
-                f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-I{ROOT / 'tests/cuda'}", *_include_flags(), str(source),
-                "-o", str(partial), f"-L{Path(torch.__path__[0]) / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
-            ]  # fmt: skip
+                os.environ.get("CXX", "c++"),
+                "-x",
+                "c++",
+                "-std=c++20",
+                "-O1",
+                "-g0",
+                "-fPIC",
+                "-shared",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wno-unknown-pragmas",
+                "-Werror",
+                "-DFK_HOST_SHIM",
+                f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+                f"-I{ROOT / 'tests/cuda'}",
+                *_include_flags(),
+                str(source),
+                "-o",
+                str(partial),
+                f"-L{Path(torch.__path__[0]) / 'lib'}",
+                "-ltorch",
+                "-ltorch_cpu",
+                "-lc10",
+            ]
         )
         partial.rename(target)
     return target
@@ -91,11 +110,24 @@ def nvcc_report(source: Path, architecture: str) -> list[Usage]:
     if not target.exists():
         text = _run(
             [
-                nvcc() or "nvcc", "-std=c++20", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-                "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DFLOWKERNELS_CUDA",
-                f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *_include_flags(),
-                "-c", str(source), "-o", str(target.with_suffix(".o")),
-            ]  # fmt: skip
+                nvcc() or "nvcc",
+                "-std=c++20",
+                "-O3",
+                f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+                "--expt-relaxed-constexpr",
+                "-DUSE_CUDA",
+                "-DFLOWKERNELS_CUDA",
+                f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+                "-Xcompiler",
+                "-fPIC",
+                "-Xptxas",
+                "-v",
+                *_include_flags(),
+                "-c",
+                str(source),
+                "-o",
+                str(target.with_suffix(".o")),
+            ]
         )
         target.with_suffix(".o").unlink()
         target.write_text(text)

@@ -1,6 +1,6 @@
-// CUDA's launch model on the host, enough to run this library's kernels: blocks one after the other, threads as fibers that
-// switch only where the kernel synchronises. A barrier that not every thread reaches is an error here, not a hang, and threads
-// can be run in reverse order, so that a result which depends on a missing barrier shows.
+// CUDA's launch model on the host, enough to run this library's kernels: blocks one after the other, threads as fibers
+// that switch only where the kernel synchronises. A barrier that not every thread reaches is an error here, not a hang,
+// and threads can be run in reverse order, so that a result which depends on a missing barrier shows.
 #pragma once
 // Fibers switch by longjmp: half the price of swapcontext, which asks the kernel for the signal mask each time.
 #undef _FORTIFY_SOURCE
@@ -79,7 +79,9 @@ inline int shared_limit() {
   return text ? std::atoi(text) : 232448;
 }
 
-inline void* shared() { return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(state().shared.data()) + 127) / 128 * 128); }
+inline void* shared() {
+  return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(state().shared.data()) + 127) / 128 * 128);
+}
 
 inline void yield() {
   State& s = state();
@@ -125,7 +127,8 @@ inline void entry() {
   _longjmp(s.back, 1);
 }
 
-inline void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& body) {
+inline void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes,
+                const std::function<void()>& body) {
   State& s = state();
   if (threads % kWarp || threads > 1024 || threads < 1)
     throw std::runtime_error(std::string(name) + ": a block must be whole warps, at most 1024 threads");

@@ -20,7 +20,7 @@ from flowkernels.scales import FORMS, NAMES, ScaleLaw
 def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The error of `got` is at most twice that of the plain version in its dtype, plus that dtype's rounding.
 
-    Against the largest value of the tensor, or 1: what a kernel may lose by another order of summation is relative to that.
+    Against the largest value of the tensor, or 1: what another order of summation may lose is relative to that.
     """
     assert got.shape == exact.shape, (name, got.shape, exact.shape)
     if exact.numel() == 0:
@@ -99,11 +99,13 @@ def check_affine(
 
 
 def _zip(name: str, ours: Any, reference: Any, inputs: Any, exact: Any, options: Any) -> Iterator[Any]:
-    for i, results in enumerate(zip(ours(*inputs, *options), reference(*inputs, *options), reference(*exact, *options), strict=True)):
+    for i, results in enumerate(
+        zip(ours(*inputs, *options), reference(*inputs, *options), reference(*exact, *options), strict=True)
+    ):
         yield f"{name} {i}", *results
 
 
-# ---- autoregressive networks -------------------------------------------------------------------------------------------
+# ---- autoregressive networks -----------------------------------------------------------------------------------
 
 
 def made_masks(features: int, hidden: Sequence[int], *, shuffled: bool = False) -> list[Tensor]:
@@ -179,7 +181,9 @@ def check_maf(
     ]
     numbers = law_.numbers * len(plans)
     y, logdet, _ = maf_cuda.maf(x, contexts, packed, forward_tables, codes(False), numbers, kernels=kernels)
-    again, logdet_again, saved = maf_cuda.maf(x, contexts, packed, forward_tables, codes(True), numbers, kernels=kernels)
+    again, logdet_again, saved = maf_cuda.maf(
+        x, contexts, packed, forward_tables, codes(True), numbers, kernels=kernels
+    )
     assert torch.equal(y, again), "keeping activations changes the result"
     assert torch.equal(logdet, logdet_again)
     grad_x, grad_contexts, flat = maf_cuda.maf_backward(

@@ -23,7 +23,9 @@ def affine_coupling() -> None:
             check_affine(kernels, 3, 5, dtype, law, form, inverse)
     for layout in ("contiguous", "interleaved", "blocked", "transposed", "masked", "compact"):
         for rows, features in ((0, 5), (1, 1), (9, 7), (2, 1030), (70, 16)):
-            check_affine(kernels, rows, features, torch.float32, ScaleLaw("softplus"), "scale_shift", False, layout=layout)
+            check_affine(
+                kernels, rows, features, torch.float32, ScaleLaw("softplus"), "scale_shift", False, layout=layout
+            )
 
 
 def masked_linear() -> None:
@@ -33,14 +35,22 @@ def masked_linear() -> None:
     interpreted(kernels.forward_kernel)
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    for samples, inputs, outputs, top in ((0, 3, 4, 3), (1, 1, 1, 1), (5, 7, 9, 4), (70, 130, 150, 12), (33, 100, 65, 200)):
+    for samples, inputs, outputs, top in (
+        (0, 3, 4, 3),
+        (1, 1, 1, 1),
+        (5, 7, 9, 4),
+        (70, 130, 150, 12),
+        (33, 100, 65, 200),
+    ):
         for strict in (False, True):
             i, o = (torch.randint(0, top, (n,), generator=generator) for n in (inputs, outputs))
             x, w, b, g = make(samples, inputs), make(outputs, inputs), make(outputs), make(samples, outputs)
             for activation in range(9) if samples == 5 else (0, 1):
                 args = (i, o, strict, activation)
                 y = kernels.masked_linear(x, w, b, *args)
-                plain, exact = (reference.masked_linear(x.to(d), w.to(d), b.to(d), *args) for d in (x.dtype, torch.float64))
+                plain, exact = (
+                    reference.masked_linear(x.to(d), w.to(d), b.to(d), *args) for d in (x.dtype, torch.float64)
+                )
                 assert_as_close(f"masked_linear {samples} {activation}", y, plain, exact)
             rest = (i, o, strict, True, True)
             ours = kernels.masked_linear_backward(g, x, w, *rest)
@@ -77,7 +87,10 @@ def gumbel() -> None:
             ):
                 assert_as_close("gumbel_softmax_backward", a, b, c)
             del exact
-            ours, theirs = argmax.gumbel_argmax(logits, seed, stream, 2), argmax_reference.gumbel_argmax(logits, seed, stream, 2)
+            ours, theirs = (
+                argmax.gumbel_argmax(logits, seed, stream, 2),
+                argmax_reference.gumbel_argmax(logits, seed, stream, 2),
+            )
             assert torch.equal(ours[0], theirs[0])
             for a, b in zip(ours[1:], theirs[1:], strict=True):
                 assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)

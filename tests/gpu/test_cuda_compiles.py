@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import build
 import pytest
+
+import build
 
 # Most registers that a kernel may take: 64 Ki registers over the threads of a block that have to be resident.
 REGISTERS = {"maf_kernel": 255, "": 128}
@@ -29,7 +30,8 @@ def test_compiles_without_spills(nvcc: str, source: Path, architecture: str, rec
 
 def test_the_gate_sees_spills() -> None:
     text = (
-        "ptxas info    : Function properties for kernel\n    8 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Function properties for kernel\n"
+        "    8 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads\n"
         "ptxas info    : Used 128 registers, used 1 barriers\n"
     )
     assert build.parse_ptxas(text) == [build.Usage("kernel", 128, 8, 16, 12)]

@@ -67,10 +67,15 @@ for plan in ("two_layers", "shuffled", "several_blocks", "residual_context"):
         check_maf(torch.ops.flowkernels_cuda, [PLANS[plan]()], 9, torch.float32, inverse)
 """
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent / "cuda"), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(here), str(here.parent / "cuda"), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     name, value = setting.split("=")
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path, name: value}, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, name: value},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -90,7 +95,8 @@ def test_gumbel_softmax(host_kernels: Any, shape: tuple[int, int]) -> None:
         plain = reference.gumbel_softmax(logits, tau, seed, 3, False)
         assert torch.allclose(soft, plain, rtol=100 * bound, atol=bound)
         assert torch.equal(
-            host_kernels.gumbel_softmax(logits, tau, seed, 3, True), reference.gumbel_softmax(logits, tau, seed, 3, True)
+            host_kernels.gumbel_softmax(logits, tau, seed, 3, True),
+            reference.gumbel_softmax(logits, tau, seed, 3, True),
         )
         ours = host_kernels.gumbel_softmax_backward(grad, soft, tau, True)
         theirs = reference.gumbel_softmax_backward(grad.double(), soft.double(), tau.double(), True)

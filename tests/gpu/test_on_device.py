@@ -37,7 +37,9 @@ def test_affine_coupling(name: str, dtype: torch.dtype) -> None:
         check_affine(kernels, 33, 70, dtype, law, form, inverse, device="cuda")
     for layout in ("contiguous", "interleaved", "blocked", "transposed", "masked", "compact"):
         for rows, features in ((0, 5), (1, 1), (9, 7), (3, 5000), (4000, 256)):
-            check_affine(kernels, rows, features, dtype, ScaleLaw("tanh"), "scale_shift", True, layout=layout, device="cuda")
+            check_affine(
+                kernels, rows, features, dtype, ScaleLaw("tanh"), "scale_shift", True, layout=layout, device="cuda"
+            )
 
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
@@ -51,8 +53,12 @@ def test_maf(plan: str, inverse: bool) -> None:
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
 def test_maf_at_real_sizes(inverse: bool) -> None:
-    check_maf(kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float64, inverse, device="cuda")
-    check_maf(kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float32, inverse, device="cuda")
+    check_maf(
+        kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float64, inverse, device="cuda"
+    )
+    check_maf(
+        kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float32, inverse, device="cuda"
+    )
 
 
 def test_maf_of_images() -> None:
@@ -71,7 +77,7 @@ def test_maf_of_images() -> None:
     assert torch.allclose(back, -logdet, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("rows,classes", [(0, 3), (1, 1), (70, 5), (33, 130), (5, 9000), (3, 50257)])
+@pytest.mark.parametrize(("rows", "classes"), [(0, 3), (1, 1), (70, 5), (33, 130), (5, 9000), (3, 50257)])
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_gumbel(name: str, rows: int, classes: int) -> None:
     from flowkernels.ops.gumbel_argmax import reference as argmax_reference
@@ -85,7 +91,9 @@ def test_gumbel(name: str, rows: int, classes: int) -> None:
     plain = reference.gumbel_softmax(logits, tau, seed, 3, False)
     assert torch.allclose(soft, plain, rtol=1e-4, atol=2e-6)
     hard = kernels.gumbel_softmax(logits, tau, seed, 3, True)
-    assert torch.equal(hard.argmax(-1), reference.gumbel_softmax(logits, tau, seed, 3, True).argmax(-1)) if rows else True
+    assert (
+        torch.equal(hard.argmax(-1), reference.gumbel_softmax(logits, tau, seed, 3, True).argmax(-1)) if rows else True
+    )
     grad = torch.randn_like(logits)
     for a, b in zip(
         kernels.gumbel_softmax_backward(grad, soft, tau, True),
@@ -106,7 +114,13 @@ def test_masked_linear(dtype: torch.dtype) -> None:
     from flowkernels.ops.masked_linear import reference
 
     kernels = kernels_of("triton", "masked_linear")
-    for samples, inputs, outputs, top in ((0, 3, 4, 3), (1, 1, 1, 1), (5, 7, 9, 4), (70, 130, 150, 12), (3000, 300, 265, 200)):
+    for samples, inputs, outputs, top in (
+        (0, 3, 4, 3),
+        (1, 1, 1, 1),
+        (5, 7, 9, 4),
+        (70, 130, 150, 12),
+        (3000, 300, 265, 200),
+    ):
         i, o = (torch.randint(0, top, (n,), device="cuda") for n in (inputs, outputs))
         x, w, b, g = (torch.randn(*s, device="cuda", dtype=dtype) for s in
                       ((samples, inputs), (outputs, inputs), (outputs,), (samples, outputs)))  # fmt: skip
@@ -119,7 +133,10 @@ def test_masked_linear(dtype: torch.dtype) -> None:
 
         for activation in range(9):
             args = (i, o, activation % 2 == 0, activation)
-            close(kernels.masked_linear(x, w, b, *args), reference.masked_linear(x.double(), w.double(), b.double(), *args))
+            close(
+                kernels.masked_linear(x, w, b, *args),
+                reference.masked_linear(x.double(), w.double(), b.double(), *args),
+            )
         rest = (i, o, False, True, True)
         for ours, exact in zip(
             kernels.masked_linear_backward(g, x, w, *rest),

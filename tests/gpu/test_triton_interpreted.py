@@ -1,4 +1,5 @@
-"""The Triton kernels, interpreted, against the references. Interpretation is decided when a kernel is defined, so the checks
+"""The Triton kernels, interpreted, against the references. Interpretation is decided when a kernel is defined, so
+the checks
 (tests/gpu/interpreted.py) run in a process of their own."""
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Every Triton kernel with the argument types it is compiled with: for the proof that it compiles and does not spill."""
+"""Every Triton kernel with the argument types it is compiled with: the proof that it compiles and does not spill."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import re
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,9 @@ def affine_variants() -> Iterator[Variant]:
                 for kernel, more in ((module.forward_kernel, {"RUNNING": True}), (module.backward_kernel, {})):
                     sums = "fp64" if compute == "fp64" else "fp32"
                     pointers = {
-                        n: "*i64" if "positions" in n else f"*{sums if 'logdet' in n else dtype}" for n in kernel.arg_names if n.endswith("_ptr")
+                        n: "*i64" if "positions" in n else f"*{sums if 'logdet' in n else dtype}"
+                        for n in kernel.arg_names
+                        if n.endswith("_ptr")
                     }
                     constants = {**common, **more}
                     yield Variant(
@@ -90,6 +91,8 @@ def compile_variant(variant: Variant, capability: int) -> Usage:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([str(tool), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
+        ).stdout
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return Usage(int(numbers["REG"]), int(numbers["STACK"]), int(numbers["LOCAL"]))

@@ -11,7 +11,9 @@ from torch import Tensor
 from flowkernels.ops.affine_coupling.reference import NEEDS_SCALE, NEEDS_SHIFT, NEEDS_X
 
 
-def affine_coupling(kernel: Callable[..., Any], x: Tensor, shift: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def affine_coupling(
+    kernel: Callable[..., Any], x: Tensor, shift: Tensor, scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     """The kernels read one type; under autocast x may be wider than its parameters."""
     y, logdet = kernel(x, shift.to(x.dtype), scale.to(x.dtype), *rest)
     return y, logdet

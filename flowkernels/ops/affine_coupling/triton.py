@@ -170,7 +170,8 @@ def affine_coupling_backward(
         per, block = _blocks(features)
         backward_kernel[(triton.cdiv(rows, per),)](
             grad_y, grad_logdet.contiguous(), x, shift, scale, x if positions is None else positions,
-            grad_x, grad_shift, grad_scale, rows, features, shift.shape[1], *grad_y.stride(), *x.stride(), *shift.stride(), *scale.stride(),
+            grad_x, grad_shift, grad_scale, rows, features, shift.shape[1],
+            *grad_y.stride(), *x.stride(), *shift.stride(), *scale.stride(),
             law, *law_parameters, form, inverse, positions is not None,
             _tl(COMPUTE_DTYPE[x.dtype]), per, block,
         )  # fmt: skip

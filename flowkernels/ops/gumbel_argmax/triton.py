@@ -57,7 +57,19 @@ def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tu
         per, block, launch = blocks(classes, logits.dtype)
         compute = tl.float64 if logits.dtype == torch.float64 else tl.float32
         forward_kernel[(triton.cdiv(rows, per), samples)](
-            logits, seed, index, log_prob, logsumexp, rows, classes, *logits.stride(), stream, samples, compute, per, block,
+            logits,
+            seed,
+            index,
+            log_prob,
+            logsumexp,
+            rows,
+            classes,
+            *logits.stride(),
+            stream,
+            samples,
+            compute,
+            per,
+            block,
             **launch,
         )
     return index, log_prob, logsumexp
@@ -66,7 +78,7 @@ def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tu
 def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What tests/gpu compiles without a GPU."""
     for dtype, compute in (("fp32", tl.float32), ("fp64", tl.float64)):
-        pointers = {n: f"*{dtype}" for n in ("logits_ptr", "log_prob_ptr", "logsumexp_ptr")}
+        pointers = dict.fromkeys(("logits_ptr", "log_prob_ptr", "logsumexp_ptr"), f"*{dtype}")
         pointers |= {"seed_ptr": "*i64", "index_ptr": "*i64"}
         for block in (1024, MAX_BLOCK // 2 if dtype == "fp64" else MAX_BLOCK):
             constants = {"COMPUTE": compute, "ROWS": 1, "BLOCK": block}

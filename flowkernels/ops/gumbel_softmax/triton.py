@@ -1,4 +1,4 @@
-"""gumbel_softmax in Triton. Noise is drawn where it is used; rows longer than a block are walked twice and draw it again."""
+"""gumbel_softmax in Triton. Noise is drawn where it is used; rows longer than a block are walked twice, drawing it again."""
 
 from __future__ import annotations
 
@@ -111,14 +111,14 @@ def backward_kernel(
 
 
 def blocks(classes: int, dtype: torch.dtype, *, backward: bool = False) -> tuple[int, int, dict[str, int]]:
-    """(rows, columns) of a program's block, and its launch options; a row's window is up to three elements longer than the row."""
+    """(rows, columns) of a program's block, and its launch options; a row's window is up to three longer."""
     most = MAX_BLOCK // 2 if dtype == torch.float64 else MAX_BLOCK
     block = min(most, max(4, next_power_of_2(classes + 3)))
-    return max(1, 1024 // block), block, options(block, backward or dtype == torch.float64)
+    return max(1, 1024 // block), block, options(block, backward != (dtype == torch.float64))
 
 
 def options(block: int, heavy: bool) -> dict[str, int]:
-    """Eight elements to a thread, or four: more would spill. One stage: the pipeline of the loops would only cost registers."""
+    """Eight elements to a thread, or four: more would spill. One stage: a pipeline of the loops costs registers."""
     return {"num_warps": min(16, max(8 if heavy else 4, block // (128 if heavy else 256))), "num_stages": 1}
 
 
@@ -152,7 +152,7 @@ def gumbel_softmax_backward(grad: Tensor, y: Tensor, tau: Tensor, for_tau: bool)
 def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What tests/gpu compiles without a GPU."""
     for dtype, compute in (("fp32", tl.float32), ("fp64", tl.float64)):
-        pointers = {n: f"*{dtype}" for n in ("logits_ptr", "tau_ptr", "y_ptr", "grad_ptr", "out_ptr", "grad_tau_ptr")}
+        pointers = dict.fromkeys(("logits_ptr", "tau_ptr", "y_ptr", "grad_ptr", "out_ptr", "grad_tau_ptr"), f"*{dtype}")
         pointers["seed_ptr"] = "*i64"
         for block in (1024, MAX_BLOCK // 2 if dtype == "fp64" else MAX_BLOCK):
             size = {"COMPUTE": compute, "ROWS": 1, "BLOCK": block}
@@ -162,4 +162,10 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                     label = f"gumbel_softmax {dtype} {block} single={single} hard={hard}"
                     yield label, forward_kernel, pointers, constants, options(block, dtype == "fp64")
             constants = {"TINY": 1e-38, "FOR_TAU": True, **size}
-            yield f"gumbel_softmax backward {dtype} {block}", backward_kernel, pointers, constants, options(block, True)
+            yield (
+                f"gumbel_softmax backward {dtype} {block}",
+                backward_kernel,
+                pointers,
+                constants,
+                options(block, dtype == "fp32"),
+            )

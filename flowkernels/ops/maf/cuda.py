@@ -55,7 +55,8 @@ def maf_backward(
     for t, (law, form, inverse, rows, *_) in reversed(list(enumerate(_per_transform(codes)))):
         run = kernels.maf_inverse_backward if inverse else kernels.maf_forward_backward
         grad_y, grad_context, flat = run(
-            grad_y, grad_logdet, saved.narrow(0, end - rows, rows), packed_back[t], groups[t], tables[t], tables_back[t],
+            grad_y, grad_logdet, saved.narrow(0, end - rows, rows), packed_back[t], groups[t], tables[t],
+            tables_back[t],
             law, numbers[3 * t : 3 * t + 3], form, context_widths[t], want_parameters,
         )  # fmt: skip
         contexts.insert(0, grad_context.flatten())

@@ -37,7 +37,7 @@ def conditioner(x: Tensor, plan: Plan, parameters: Sequence[Tensor], context: Te
         widths = [plan.masks[i].shape[0] for i in plan.context]
         terms = dict(zip(plan.context, context.split(widths, dim=1), strict=True))
     a, before = x, []
-    for i, mask in enumerate(plan.masks):
+    for i, mask in enumerate(plan.masks_on(x.device)):
         v = F.linear(a, parameters[2 * i] * mask.to(parameters[2 * i]), parameters[2 * i + 1])
         if i in terms:
             v = v + terms[i]

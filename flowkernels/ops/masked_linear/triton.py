@@ -1,8 +1,8 @@
 """masked_linear in Triton: block-triangular products over units sorted by degree, bias and activation on the way out.
 
-No mask is formed. After sorting, output row n reads the first depth[n] inputs, and depth grows with n: the forward product stops
-at the depth of its last row, the gradient of x starts at the first row that reaches its columns, and the gradient of the weight
-leaves tiles out that no weight lies in.
+No mask is formed. After sorting, output row n reads the first depth[n] inputs, and depth grows with n: the forward
+product stops at the depth of its last row, the gradient of x starts at the first row that reaches its columns, and the
+gradient of the weight leaves tiles out that no weight lies in.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def weight_gradient_kernel(
         bias += tl.sum(g.to(tl.float32), 1)
     total = tl.where(k[None, :] < depth[:, None], total, 0.0)
     inside = (n[:, None] < outputs) & (k[None, :] < inputs)
-    tl.store(
-        out_w_ptr + row[:, None] * inputs + column[None, :], total.to(out_w_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(out_w_ptr + row[:, None] * inputs + column[None, :], total.to(out_w_ptr.dtype.element_ty), mask=inside)
     tl.store(out_b_ptr + row, bias.to(out_b_ptr.dtype.element_ty), mask=(n < outputs) & (first == 0))
 
 
@@ -120,7 +118,7 @@ def _options(dtype: torch.dtype) -> dict[str, int]:
 
 
 class _Sorted:
-    """Inputs and outputs by degree: order of each, how many inputs every output reads, which output reads an input first."""
+    """Inputs and outputs by degree: order, how many inputs each output reads, which output reads an input first."""
 
     def __init__(self, in_degrees: Tensor, out_degrees: Tensor, strict: bool) -> None:
         ins, self.columns = torch.sort(in_degrees, stable=True)
@@ -179,9 +177,7 @@ def masked_linear_backward(
     if x.dtype == torch.float64:
         from flowkernels.ops.masked_linear import reference
 
-        return reference.masked_linear_backward(
-            grad, x, weight, in_degrees, out_degrees, strict, want_x, want_weight
-        )
+        return reference.masked_linear_backward(grad, x, weight, in_degrees, out_degrees, strict, want_x, want_weight)
     samples, inputs, outputs = x.shape[0], weight.shape[1], weight.shape[0]
     s = _Sorted(in_degrees, out_degrees, strict)
     (m, n, k), launch = _tiles(x), _options(x.dtype)
@@ -203,12 +199,17 @@ def masked_linear_backward(
 
 def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What tests/gpu compiles without a GPU."""
-    indices = {name: "*i64" for name in ("in_ptr", "out_ptr", "depth_ptr", "first_ptr")}
-    sizes = {name: "i32" for name in ("samples", "inputs", "outputs")}
+    indices = dict.fromkeys(("in_ptr", "out_ptr", "depth_ptr", "first_ptr"), "*i64")
+    sizes = dict.fromkeys(("samples", "inputs", "outputs"), "i32")
     for dtype in ("fp32", "bf16"):
         floats = ("x_ptr", "w_ptr", "b_ptr", "y_ptr", "grad_ptr", "out_grad_ptr", "out_w_ptr", "out_b_ptr")
-        pointers = {**{name: f"*{dtype}" for name in floats}, **indices, **sizes}
-        precision = {"PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "M": 64, "N": 64, "K": 16 if dtype == "fp32" else 32}
+        pointers = {**dict.fromkeys(floats, f"*{dtype}"), **indices, **sizes}
+        precision = {
+            "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+            "M": 64,
+            "N": 64,
+            "K": 16 if dtype == "fp32" else 32,
+        }
         launch = _options(torch.float32 if dtype == "fp32" else torch.bfloat16)
         yield f"masked_linear {dtype}", forward_kernel, pointers, {"ACTIVATION": 1, "BIAS": True, **precision}, launch
         yield f"masked_linear gradient of x {dtype}", input_gradient_kernel, pointers, precision, launch

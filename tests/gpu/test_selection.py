@@ -1,0 +1,82 @@
+"""Which backend CUDA tensors run on, and what is said when none is there. Needs no GPU: the machine is made up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flowkernels as fk
+from flowkernels import _cuda
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU of sm_90 with both backends, built for sm_80 and sm_90."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
+    monkeypatch.setattr(_cuda._library, "is_built", lambda: True)
+    monkeypatch.setattr(_cuda, "has_kernel", lambda name, operator: operator != "rq_spline")
+    monkeypatch.setattr(_cuda, "built_for", lambda: (80, 90))
+    monkeypatch.setattr(_cuda, "has_triton", lambda: True)
+    return monkeypatch
+
+
+def test_auto_prefers_what_the_table_says(machine: pytest.MonkeyPatch) -> None:
+    assert _cuda.choose("affine_coupling", "auto") == ("cuda", _cuda.DEFAULT_ORDER[1])
+    machine.setitem(_cuda.ORDER, "affine_coupling", (("triton", "cuda"), "measured: somewhere.json"))
+    assert _cuda.choose("affine_coupling", "auto") == ("triton", "measured: somewhere.json")
+
+
+def test_auto_takes_the_next_and_says_why(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(_cuda, "built_for", lambda: (80,))
+    name, why = _cuda.choose("affine_coupling", "auto")
+    assert name == "triton"
+    assert "A GPU is sm_90, but the CUDA kernels were built for sm_80: rebuild with TORCH_CUDA_ARCH_LIST=9.0" in why
+    machine.setattr(_cuda, "has_triton", lambda: False)
+    name, why = _cuda.choose("affine_coupling", "auto")
+    assert name == "reference"
+    assert "triton is not installed" in why
+
+
+def test_forced_backends(machine: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "triton", "reference"):
+        assert _cuda.choose("affine_coupling", name)[0] == name
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run rq_spline: there is no CUDA C"):
+        _cuda.choose("rq_spline", "cuda")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run affine_coupling on CUDA tensors"):
+        _cuda.choose("affine_coupling", "cpu")
+
+
+def test_an_architecture_of_the_same_family_will_do(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    assert _cuda.choose("maf", "auto")[0] == "cuda"
+    machine.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    name, why = _cuda.choose("maf", "auto")
+    assert name == "reference"
+    assert "sm_70" in why
+
+
+def test_a_gradient_without_a_kernel_is_plain(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(_cuda, "has_kernel", lambda name, operator: not operator.endswith("_backward"))
+    assert _cuda.choose("gumbel_argmax_backward", "triton")[0] == "reference"
+
+
+def test_explain_names_every_family(machine: pytest.MonkeyPatch) -> None:
+    class Properties:
+        shared_memory_per_block_optin = 99 * 1024
+
+    machine.setattr(torch.cuda, "get_device_properties", lambda *_: Properties())
+    text = "\n".join(_cuda.explain())
+    for operator in ("affine_coupling", "masked_linear", "maf", "gumbel_softmax"):
+        assert f"{operator}: cuda (not measured yet" in text
+    assert "99 KB of shared memory" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu() -> None:
+    for name in ("cuda", "triton"):
+        assert name not in fk.available_backends()
+        with pytest.raises(RuntimeError, match=f"backend '{name}' is not available"), fk.use_backend(name):
+            pass
