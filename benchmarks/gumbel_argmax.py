@@ -1,6 +1,6 @@
 """gumbel_argmax beside torch.multinomial on softmaxed logits: bound by drawing noise.
 
-What is timed draws new noise at every call. What is checked is the same call with its noise fixed, against the argmax of
+What is timed draws new noise at every call. Checked is the same call with its noise fixed, against the argmax of
 the logits plus that noise and log_softmax in float64; of the samples of torch, that they are categories.
 """
 
