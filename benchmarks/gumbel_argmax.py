@@ -1,29 +1,55 @@
-"""gumbel_argmax beside torch.multinomial on softmaxed logits, at 65536 x 256.
+"""gumbel_argmax beside torch.multinomial on softmaxed logits: bound by drawing noise.
 
-python -m pytest benchmarks/gumbel_argmax.py --benchmark-group-by=group
+What is timed draws new noise at every call. Checked is the same call with its noise fixed, against the argmax of
+the logits plus that noise and log_softmax in float64; of the samples of torch, that they are categories.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import pytest
 import torch
+from torch import Tensor
 
 import flowkernels as fk
+from benchmarks.core import OURS, PLAIN, Case, Options, Problem, Variant
+from flowkernels import ops
 
-ROWS, CLASSES = 65536, 256
-CALLS = {
-    "flowkernels": lambda logits, k: fk.ops.gumbel_argmax(logits, k)[0],
-    "torch": lambda logits, k: torch.multinomial(logits.softmax(-1), k, replacement=k > 1),
-}
+SEED = 7
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("k", [1, 4])
-def test_samples(benchmark: Any, name: str, k: int) -> None:
-    benchmark.group = f"{k} samples"
-    logits = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0))
-    index = benchmark(CALLS[name], logits, k)
-    drawn, chance = (index == 0).float().mean(), logits.softmax(-1)[:, 0].mean()
-    assert abs(drawn - chance) < 5 * (chance / ROWS / k) ** 0.5
+def _problem(rows: int, classes: int, samples: int, options: Options) -> Problem:
+    logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(0))
+
+    def truth() -> list[Tensor]:
+        with fk.use_backend("reference"):
+            index, _ = ops.gumbel_argmax(logits, samples, seed=SEED)
+        return [index.double(), logits.double().log_softmax(-1).gather(-1, index)]
+
+    def seeded(_: object) -> list[Tensor]:
+        index, log_prob = ops.gumbel_argmax(logits, samples, seed=SEED)
+        return [index.double(), log_prob]
+
+    return Problem(
+        [
+            Variant("flowkernels", OURS, lambda: ops.gumbel_argmax(logits, samples), result=seeded),
+            Variant(
+                "PyTorch",
+                PLAIN,
+                lambda: torch.multinomial(logits.softmax(-1), samples, replacement=samples > 1),
+                lambda: [torch.ones(rows, samples)],
+                lambda index: [((index >= 0) & (index < classes)).float()],
+            ),
+        ],
+        truth,
+        bytes=4.0 * logits.numel(),
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    sizes = [(1, 8), (512, 64)] if quick else [(1, 10), (512, 64), (4096, 256), (65536, 256)]
+    return [
+        Case("gumbel_argmax", "samples", {"N": n, "D": d, "k": k}, partial(_problem, n, d, k))
+        for n, d in sizes
+        for k in (1, 4)
+    ]

@@ -1,43 +1,46 @@
-"""straight_through beside the lines that it replaces, at 65536 x 256.
-
-python -m pytest benchmarks/straight_through.py --benchmark-group-by=group
-"""
+"""straight_through beside the lines that it replaces, hard - x.detach() + x: bound by memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import pytest
 import torch
+from torch import Tensor
 
-import flowkernels as fk
+from benchmarks.core import COMPILED, OURS, PLAIN, Case, Options, Problem, Variant, compiled
+from flowkernels import ops
 
-ROWS, CLASSES = 65536, 256
 
-
-def plain_threshold(x: torch.Tensor) -> torch.Tensor:
+def threshold(x: Tensor) -> Tensor:
     return (x > 0.5).to(x.dtype) - x.detach() + x
 
 
-def plain_categorical(x: torch.Tensor) -> torch.Tensor:
+def categorical(x: Tensor) -> Tensor:
     hard = torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1.0)
     return hard - x.detach() + x
 
 
-CALLS = {
-    ("threshold", "flowkernels"): fk.ops.straight_through,
-    ("threshold", "torch"): plain_threshold,
-    ("threshold", "compiled"): torch.compile(plain_threshold),
-    ("categorical", "flowkernels"): lambda x: fk.ops.straight_through(x, "categorical"),
-    ("categorical", "torch"): plain_categorical,
-    ("categorical", "compiled"): torch.compile(plain_categorical),
-}
+PLAIN_OF = {"threshold": threshold, "categorical": categorical}
 
 
-@pytest.mark.parametrize(("kind", "name"), CALLS)
-def test_forward(benchmark: Any, kind: str, name: str) -> None:
-    benchmark.group = kind
-    x = torch.rand(ROWS, CLASSES, generator=torch.Generator().manual_seed(0))
-    y = benchmark(CALLS[kind, name], x)
-    expected = plain_threshold(x) if kind == "threshold" else plain_categorical(x)
-    torch.testing.assert_close(y, expected)
+def _problem(kind: str, rows: int, classes: int, options: Options) -> Problem:
+    x = torch.rand(rows, classes, generator=torch.Generator().manual_seed(0))
+    plain, fused = PLAIN_OF[kind], compiled(PLAIN_OF[kind])
+    return Problem(
+        [
+            Variant("flowkernels", OURS, lambda: ops.straight_through(x, kind)),
+            Variant("PyTorch", PLAIN, lambda: plain(x)),
+            Variant("torch.compile", COMPILED, lambda: fused(x)),
+        ],
+        lambda: [plain(x.double()).round()],
+        bytes=4.0 * 2 * x.numel(),
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    sizes = [(1, 8), (512, 64)] if quick else [(1, 10), (512, 64), (65536, 256)]
+    return [
+        Case("straight_through", kind, {"N": n, "D": d}, partial(_problem, kind, n, d))
+        for n, d in sizes
+        for kind in PLAIN_OF
+    ]

@@ -147,6 +147,17 @@ TARGETS = (
     Target("dequantize, 65536×256", "dequantize / noise drawn / N=65536 D=256", "PyTorch", 5),
     Target("Gumbel-softmax, 65536×256", "gumbel_softmax / forward / N=65536 D=256", "PyTorch", 10),
     Target("Gumbel-softmax, 65536×256", "gumbel_softmax / forward / N=65536 D=256", "torch.compile", 3.5),
+    Target("Gumbel-softmax, hard, 65536×256", "gumbel_softmax / forward, hard / N=65536 D=256", "PyTorch", 10),
+    Target("Gumbel-argmax, 65536×256", "gumbel_argmax / samples / N=65536 D=256 k=1", "PyTorch", 8),
+    Target("nearest code, 65536×64 of 1024", "vector_quantize / search / N=65536 K=1024 D=64", "PyTorch", 3),
+    Target(
+        "nearest code, 65536×64 of 1024",
+        "vector_quantize / search / N=65536 K=1024 D=64",
+        "PyTorch",
+        1 / 20,
+        at_most=True,
+        figure="peak_bytes",
+    ),
 )
 
 

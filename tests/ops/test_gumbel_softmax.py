@@ -278,7 +278,7 @@ def test_compiled_calls_draw_from_torchs_generator() -> None:
 
 
 def test_compiled_hard_backward_sees_the_noise_of_its_forward() -> None:
-    """The gradient under torch.compile is that of the sample which the forward drew, as eager mode has it by its seed."""
+    """The gradient under torch.compile is that of the sample which the forward drew, as eager mode has it."""
     torch.compiler.reset()
     compiled = torch.compile(lambda x, w, s: (gumbel_softmax(x, 0.5, hard=True, seed=s) * w).sum(), fullgraph=True)
     logits = testing.random_tensor((64, 20)).requires_grad_()
