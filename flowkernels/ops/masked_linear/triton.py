@@ -91,9 +91,7 @@ def weight_gradient_kernel(
     column = tl.load(in_ptr + k, mask=k < inputs, other=0)
     total = tl.zeros((N, K), tl.float32)
     bias = tl.zeros((N,), tl.float32)
-    stop = samples
-    if (tl.max(depth, 0) <= first) & (first > 0):
-        stop = samples * 0
+    stop = tl.where((tl.max(depth, 0) <= first) & (first > 0), 0, samples)
     for begin in range(0, stop, M):
         m = begin + tl.arange(0, M).to(tl.int64)
         g = tl.load(
