@@ -1,4 +1,4 @@
-"""gumbel_argmax in Triton: the winner of logits + noise, and what the logits are normalised by, in one walk over a row."""
+"""gumbel_argmax in Triton: the winner of logits + noise, and what the logits are normalised by, in one walk."""
 
 from __future__ import annotations
 
