@@ -1,4 +1,4 @@
-"""gumbel_argmax in Triton: the winner of logits + noise, and the log-sum-exp of the logits, in one walk over a row."""
+"""gumbel_argmax in Triton: the winner of logits + noise, and what normalises the logits, in one walk over a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowkernels.ops.gumbel_softmax.triton import MAX_BLOCK, blocks, options
 
 @triton.jit
 def forward_kernel(
-    logits_ptr, seed_ptr, index_ptr, log_prob_ptr, logsumexp_ptr, rows, classes, row, column, stream, samples,
+    logits_ptr, seed_ptr, index_ptr, log_prob_ptr, normaliser_ptr, rows, classes, row, column, stream, samples,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -42,17 +42,19 @@ def forward_kernel(
         shift = tl.where(now == float("-inf"), 0.0, now)
         total = total * exp(top - shift) + tl.sum(tl.where(inside, exp(logits - shift), 0.0), 1)[:, None]
         top = now
-    logsumexp = top + tl.log(total)
+    # Kept apart: beside a large maximum the logarithm would lose its digits.
+    log_sum = tl.log(total)
     chosen = tl.load(logits_ptr + r * row + index * column, mask=live, other=0.0).to(COMPUTE)
     tl.store(index_ptr + r * samples + sample, index, mask=live)
-    tl.store(log_prob_ptr + r * samples + sample, chosen - logsumexp, mask=live)
-    tl.store(logsumexp_ptr + r, logsumexp, mask=live & (sample == 0))
+    tl.store(log_prob_ptr + r * samples + sample, (chosen - top) - log_sum, mask=live)
+    tl.store(normaliser_ptr + 2 * r, top, mask=live & (sample == 0))
+    tl.store(normaliser_ptr + 2 * r + 1, log_sum, mask=live & (sample == 0))
 
 
 def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, classes = logits.shape
     index = logits.new_empty(rows, samples, dtype=torch.int64)
-    log_prob, logsumexp = logits.new_empty(rows, samples), logits.new_empty(rows)
+    log_prob, normaliser = logits.new_empty(rows, samples), logits.new_empty(rows, 2)
     if rows:
         per, block, launch = blocks(classes, logits.dtype)
         compute = tl.float64 if logits.dtype == torch.float64 else tl.float32
@@ -61,7 +63,7 @@ def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tu
             seed,
             index,
             log_prob,
-            logsumexp,
+            normaliser,
             rows,
             classes,
             *logits.stride(),
@@ -72,13 +74,13 @@ def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tu
             block,
             **launch,
         )
-    return index, log_prob, logsumexp
+    return index, log_prob, normaliser
 
 
 def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What tests/gpu compiles without a GPU."""
     for dtype, compute in (("fp32", tl.float32), ("fp64", tl.float64)):
-        pointers = dict.fromkeys(("logits_ptr", "log_prob_ptr", "logsumexp_ptr"), f"*{dtype}")
+        pointers = dict.fromkeys(("logits_ptr", "log_prob_ptr", "normaliser_ptr"), f"*{dtype}")
         pointers |= {"seed_ptr": "*i64", "index_ptr": "*i64"}
         for block in (1024, MAX_BLOCK // 2 if dtype == "fp64" else MAX_BLOCK):
             constants = {"COMPUTE": compute, "ROWS": 1, "BLOCK": block}
