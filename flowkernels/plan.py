@@ -99,7 +99,9 @@ class Plan:
         if self.layout not in ("interleaved", "blocked"):
             raise ValueError(f"layout must be interleaved or blocked, got {self.layout!r}")
         if len(self.activation) != hidden:
-            raise ValueError(f"activation must name {hidden} activations, one per hidden layer, got {len(self.activation)}")
+            raise ValueError(
+                f"activation must name {hidden} activations, one per hidden layer, got {len(self.activation)}"
+            )
         for name in self.activation:
             if name not in ACTIVATIONS:
                 raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")

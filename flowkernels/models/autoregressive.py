@@ -22,7 +22,9 @@ def _orders(order: str | Sequence[Order], transforms: int) -> list[Order]:
             return ["reversed" if i % 2 else "natural" for i in range(transforms)]
         return [order] * transforms
     if len(order) != transforms:
-        raise ValueError(f"order must be a name or hold one order for each of {transforms} transforms, got {len(order)}")
+        raise ValueError(
+            f"order must be a name or hold one order for each of {transforms} transforms, got {len(order)}"
+        )
     return list(order)
 
 

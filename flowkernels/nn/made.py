@@ -84,10 +84,14 @@ class MADE(nn.Module):
         self.activation = activation
         self.residual = residual
         if parameter_names is None:
-            parameter_names = ("shift", "scale") if params_per_feature == 2 else tuple(map(str, range(params_per_feature)))
+            parameter_names = (
+                ("shift", "scale") if params_per_feature == 2 else tuple(map(str, range(params_per_feature)))
+            )
         self.parameter_names = tuple(parameter_names)
 
-        widths = [hidden_features[0]] + [h for h in hidden_features for _ in range(2)] if residual else [*hidden_features]
+        widths = (
+            [hidden_features[0]] + [h for h in hidden_features for _ in range(2)] if residual else [*hidden_features]
+        )
         self.register_buffer("in_degrees", input_degrees(features, order))
         layers = []
         previous = self.in_degrees
@@ -189,7 +193,11 @@ def _plan_again(module: MADE, _: Any) -> None:
 def _check_sizes(
     features: int, hidden: tuple[int, ...], context: int, per: int, residual: bool, activation: str
 ) -> None:
-    for name, value, least in (("features", features, 1), ("context_features", context, 0), ("params_per_feature", per, 1)):
+    for name, value, least in (
+        ("features", features, 1),
+        ("context_features", context, 0),
+        ("params_per_feature", per, 1),
+    ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     for width in hidden:
@@ -227,7 +235,5 @@ def _hidden_degrees(
     if given.shape != (width,) or given.is_floating_point():
         raise ValueError(f"degrees[{layer}] must hold {width} integers, got {tuple(given.shape)} of {given.dtype}")
     if len(given) and (int(given.min()) < 0 or int(given.max()) >= max(features, 1)):
-        raise ValueError(
-            f"degrees[{layer}] must lie in 0..{features - 1}, got {int(given.min())}..{int(given.max())}"
-        )
+        raise ValueError(f"degrees[{layer}] must lie in 0..{features - 1}, got {int(given.min())}..{int(given.max())}")
     return given.long()

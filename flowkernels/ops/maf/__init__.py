@@ -101,9 +101,7 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
     if runs_reference(x, "maf"):
         return _reference_chain(x, steps)
     device = x.device
-    grad = torch.is_grad_enabled() and (
-        x.requires_grad or any(_step_needs_grad(step) for step in steps)
-    )
+    grad = torch.is_grad_enabled() and (x.requires_grad or any(_step_needs_grad(step) for step in steps))
     plans = [step.plan for step in steps]
     packed, packed_back = packed_weights(plans, [step.parameters for step in steps], backward=grad)
     tables, contexts = [], []
@@ -182,7 +180,9 @@ def _check(
         if torch.is_autocast_enabled(x.device.type) and isinstance(context, Tensor):
             context = context.to(x.dtype)  # a linear layer under autocast made it
         check_float_tensor("context", context, like=x, like_name=name)
-        check_shape("context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width")
+        check_shape(
+            "context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width"
+        )
     check_choice("form", form, FORMS)
     if isinstance(law, RQSpline):
         if form != "scale_shift":
@@ -196,4 +196,6 @@ def _check(
     if form == "gate" and law.name != "sigmoid":
         raise ValueError(f"form 'gate' needs law 'sigmoid', got {law.name!r}")
     if sorted(plan.parameters) != ["scale", "shift"]:
-        raise ValueError(f"plan must have the parameters shift and scale for an affine transform, got {plan.parameters}")
+        raise ValueError(
+            f"plan must have the parameters shift and scale for an affine transform, got {plan.parameters}"
+        )

@@ -20,7 +20,9 @@ CODES = 4  # numbers per transform in `codes`: law, form, inverse, saved rows
 
 
 def _compiled_only(*args: Any) -> Any:
-    raise NotImplementedError("the packed autoregressive operators exist as compiled kernels only; this device has none")
+    raise NotImplementedError(
+        "the packed autoregressive operators exist as compiled kernels only; this device has none"
+    )
 
 
 def _fake_pack(parameters: list[Tensor], masks: list[Tensor], table: Tensor, size: int) -> Tensor:

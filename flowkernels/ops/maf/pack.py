@@ -10,7 +10,6 @@ from torch import Tensor
 from flowkernels.ops.maf.autograd import fingerprint_op, pack_op
 from flowkernels.plan import Plan
 
-
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 

@@ -77,7 +77,9 @@ def _check(x: Any, weight: Any, bias: Any, in_degrees: Any, out_degrees: Any) ->
         if not isinstance(degrees, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(degrees).__name__}")
         if degrees.dim() != 1 or degrees.is_floating_point() or degrees.dtype == torch.bool:
-            raise ValueError(f"{name} must be a vector of integers, got {degrees.dtype} of shape {tuple(degrees.shape)}")
+            raise ValueError(
+                f"{name} must be a vector of integers, got {degrees.dtype} of shape {tuple(degrees.shape)}"
+            )
         if degrees.device != x.device:
             raise ValueError(f"{name} is on {degrees.device}, but x is on {x.device}: use one device")
     check_float_tensor("weight", weight, like=x)

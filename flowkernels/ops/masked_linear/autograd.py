@@ -97,9 +97,7 @@ class MaskedLinearBackward(torch.autograd.Function):
         grad, x, weight, in_degrees, out_degrees = ctx.saved_tensors
         wanted = (ctx.want_x, ctx.want_weight, ctx.want_weight)
         grads = reference_double_backward(
-            lambda x, weight, bias: (
-                reference.masked_linear(x, weight, bias, in_degrees, out_degrees, ctx.strict, 0),
-            ),
+            lambda x, weight, bias: (reference.masked_linear(x, weight, bias, in_degrees, out_degrees, ctx.strict, 0),),
             (x, weight, weight.new_zeros(len(out_degrees))),
             (grad,),
             [g if want else None for g, want in zip(grad_grads, wanted, strict=True)],
