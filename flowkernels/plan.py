@@ -1,9 +1,10 @@
 """Plans: from the masks of an autoregressive network to the order in which its units become final.
 
-A unit is final at time m when it depends on features of the first m steps only (m = 0: on none). Every layer's units are
-sorted by that time, which makes the weights block lower triangular: a density pass skips the empty half, and a sampling
-sweep uses every weight exactly once. Times come from the masks themselves by reachability, never from a convention about
-degrees, so any order, any degrees, residual connections and graphs that allow several features per step are covered.
+A unit is final at time m when it depends on features of the first m steps only (m = 0: on none). Every layer's units
+are sorted by that time, which makes the weights block lower triangular: a density pass skips the empty half, and a
+sampling sweep uses every weight exactly once. Times come from the masks themselves by reachability, never from a
+convention about degrees, so any order, any degrees, residual connections and graphs that allow several features per
+step are covered.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 ACTIVATIONS = ("identity", "relu", "tanh", "elu", "silu", "leaky_relu", "gelu", "sigmoid", "softplus")
 
-# Rows of the widest layer in one block of a sweep. Inside a block features go one by one; what earlier blocks contribute
-# is one matrix product. Measured on D=784 H=1024 and D=63 H=512, see benchmarks/results.
+# Rows of the widest layer in one block of a sweep. Inside a block features go one by one; what earlier blocks
+# contribute is one matrix product. Measured on D=784 H=1024 and D=63 H=512, see benchmarks/results.
 BLOCK_ROWS = 48
 MAX_LAYERS = 64  # csrc/common/net.h: kMaxLayers
 PANEL_ROWS = 16  # csrc/cpu/panels.h
@@ -380,7 +381,7 @@ def _latest(reach: Tensor, time: Tensor) -> Tensor:
 
 
 def _blocks(times: list[Tensor], steps: int) -> list[int]:
-    """Boundaries 0 = t_0 < ... < t_n = steps so that no layer has more than BLOCK_ROWS rows in a block, if it can be."""
+    """Boundaries 0 = t_0 < ... < t_n = steps: no layer has more than BLOCK_ROWS rows in a block, if that can be."""
     counts = torch.stack([torch.bincount(t, minlength=steps + 1)[: steps + 1] for t in times]).tolist()
     edges, rows = [0], [0] * len(times)
     for t in range(1, steps + 1):

@@ -49,7 +49,8 @@ class AutoregressiveFlow(Flow):
 class MAF(AutoregressiveFlow):
     """Masked autoregressive flow: each transform is ``z_i = sigma(x_<i) x_i + shift(x_<i)``.
 
-    Densities take one pass per transform; sampling is sequential, and exact, in one sweep (`flowkernels.ops.maf_inverse`).
+    Densities take one pass per transform; sampling is sequential, and exact, in one sweep
+    (`flowkernels.ops.maf_inverse`).
 
     Args:
         features: D. hidden_features: widths of each transform's MADE. transforms: how many.

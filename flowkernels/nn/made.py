@@ -16,8 +16,8 @@ from flowkernels.plan import ACTIVATIONS, Plan
 def input_degrees(features: int, order: str | Sequence[int] | Tensor) -> Tensor:
     """(D,) degrees 1..D: the place of each feature in the order.
 
-    `order` is ``"natural"``, ``"reversed"``, ``"random"`` (from torch's generator), or the features in the order in which they
-    are generated, a permutation of 0..D-1.
+    `order` is ``"natural"``, ``"reversed"``, ``"random"`` (from torch's generator), or the features in the order in
+    which they are generated, a permutation of 0..D-1.
     """
     if isinstance(order, str):
         if order == "natural":
@@ -38,24 +38,26 @@ def input_degrees(features: int, order: str | Sequence[int] | Tensor) -> Tensor:
 class MADE(nn.Module):
     r"""Masked autoencoder for distribution estimation: (N, D) features [and (N, K) context] to (N, D, P) parameters.
 
-    Hidden unit k of degree m(k) sees units of degree <= m(k), output i sees hidden units of degree < i; so output i depends on
-    the features before i in `order` alone.
+    Hidden unit k of degree m(k) sees units of degree <= m(k), output i sees hidden units of degree < i; so output i
+    depends on the features before i in `order` alone.
 
     Args:
         features: D.
         hidden_features: width of each hidden layer; with `residual`, of each residual block of two layers (all equal).
-        context_features: K, width of a conditioning input; its linear image is added to the first pre-activation (and, with
-            `residual`, to the first of every block).
+        context_features: K, width of a conditioning input; its linear image is added to the first pre-activation (and,
+            with `residual`, to the first of every block).
         params_per_feature: P.
         order: see `input_degrees`.
-        degrees: ``"sequential"`` (1, 2, ..., D-1, 1, ...), ``"random"``, or one sequence of integers in 0..D-1 per hidden layer.
-            With context, sequential and random degrees start from 0, so that the first feature sees the context too.
+        degrees: ``"sequential"`` (1, 2, ..., D-1, 1, ...), ``"random"``, or one sequence of integers in 0..D-1 per
+            hidden layer. With context, sequential and random degrees start from 0, so that the first feature sees the
+            context too.
         residual: pre-activation residual blocks, v + W2 act(W1 act(v)).
         activation: one of ``flowkernels.plan.ACTIVATIONS``.
         parameter_names: names of the P parameters, in their order.
 
     Raises:
-        ValueError: the argument, what it was and what it should be; degrees that let no information through are allowed.
+        ValueError: the argument, what it was and what it should be; degrees that let no information through are
+            allowed.
 
     Source: Germain et al. 2015, arXiv:1502.03509.
     """

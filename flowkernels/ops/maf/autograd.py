@@ -1,7 +1,8 @@
 """Operators and gradients of autoregressive transforms, one or a chain of them in one call.
 
-Forward keeps the activations when a gradient is wanted. Backward runs each network transposed, with time reversed: densely for
-the density direction, as a sweep for the sampling direction. Both then form the weights' gradients from what they left.
+Forward keeps the activations when a gradient is wanted. Backward runs each network transposed, with time reversed:
+densely for the density direction, as a sweep for the sampling direction. Both then form the weights' gradients from
+what they left.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ maf_op: Any = operator(
     fake=_fake_maf,
 )
 backward_op: Any = operator(
-    "maf_backward(Tensor grad_y, Tensor grad_logdet, Tensor saved, Tensor[] packed_back, Tensor[] masks, Tensor[] tables,"
-    " Tensor[] tables_back, int[] codes, float[] numbers, int[] context_widths, bool want_parameters)"
+    "maf_backward(Tensor grad_y, Tensor grad_logdet, Tensor saved, Tensor[] packed_back, Tensor[] masks,"
+    " Tensor[] tables, Tensor[] tables_back, int[] codes, float[] numbers, int[] context_widths, bool want_parameters)"
     " -> (Tensor, Tensor, Tensor)",
     _compiled_only,
     vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
