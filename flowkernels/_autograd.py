@@ -68,4 +68,5 @@ def not_twice_differentiable(name: str, grads: tuple[Tensor, ...], inputs: tuple
     """`grads` as they are, except that a derivative of them raises instead of being silently zero."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         return grads
-    return _NotTwice.apply(name, len(grads), *grads, *inputs)
+    same: tuple[Tensor, ...] = _NotTwice.apply(name, len(grads), *grads, *inputs)
+    return same

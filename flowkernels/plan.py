@@ -141,12 +141,12 @@ class Plan:
 
         step = torch.full((self.features,), -1)
         missing = needs.sum(1)
-        now, ready = 0, torch.nonzero(missing == 0).flatten()
+        steps, ready = 0, torch.nonzero(missing == 0).flatten()
         while len(ready):
-            step[ready] = now
+            step[ready] = steps
             missing = missing - needs[:, ready].sum(1)
             ready = torch.nonzero((missing == 0) & (step < 0)).flatten()
-            now += 1
+            steps += 1
         if (step < 0).any():
             output, inp = _broken_pair(needs, step < 0)
             raise ValueError(
@@ -154,7 +154,7 @@ class Plan:
                 + ("" if output == inp else f", and output {inp} on input {output} through others")
             )
         self.step = step
-        self.steps = now
+        self.steps = steps
         self.times = [_latest(r, step + 1) for r in reach[1:-1]]
         self._feature_of_row = feature_of_row
 
@@ -196,12 +196,12 @@ class Plan:
         self.packed_sizes = (int(self.forward_table[4]), int(self.backward_table[4]))
         # Inputs, every layer's outputs, and the pre-activations that slopes need, each in whole chunks of rows:
         # `kept_of` in csrc/cpu/maf.h.
-        rows = _round_up(features, PANEL_ROWS) + sum(
+        saved = _round_up(features, PANEL_ROWS) + sum(
             _round_up(len(layer.perm), PANEL_ROWS) * (2 if ACTIVATIONS[layer.activation] in ("silu", "gelu") else 1)
             for layer in layers
         )
         # Indexed by direction: the sampling direction also keeps z.
-        self.saved_rows = (rows, rows + _round_up(features, PANEL_ROWS))
+        self.saved_rows = (saved, saved + _round_up(features, PANEL_ROWS))
 
     def _table(self, layers: list[_Layer], input_perm: Tensor, input_time: Tensor) -> Tensor:
         """The plan as one int64 tensor, as csrc/common/net.h reads it."""

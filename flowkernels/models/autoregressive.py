@@ -43,7 +43,7 @@ class AutoregressiveFlow(Flow):
         layers = list(self.layers._modules.values())
         if inverse:
             layers.reverse()
-        return run_chain(x, [layer.step(context, inverse) for layer in layers])  # type: ignore[union-attr,operator]
+        return run_chain(x, [layer.step(context, inverse) for layer in layers])  # type: ignore[operator]
 
 
 class MAF(AutoregressiveFlow):

@@ -122,4 +122,5 @@ class Flow(nn.Module):
 
 
 def _log_normal(z: Tensor) -> Tensor:
-    return torch.linalg.vecdot(z, z).mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))
+    squares: Tensor = torch.linalg.vecdot(z, z)
+    return squares.mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))

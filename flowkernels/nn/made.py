@@ -167,10 +167,11 @@ class MADE(nn.Module):
         joined = self.context_terms(context)
         indices = self._context_indices()
         layers = self._masked_layers()
-        terms = {}
+        terms: dict[int, Tensor] = {}
         if joined is not None:
             terms = dict(zip(indices, joined.split([layers[i].out_features for i in indices], dim=1), strict=True))
-        a, before = x, []
+        before: list[Tensor] = []
+        a = x
         for i, layer in enumerate(layers[:-1]):
             v = layer(a) + terms[i] if i in terms else layer(a)
             source = self.plan.residual[i]

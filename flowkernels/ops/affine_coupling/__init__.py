@@ -118,7 +118,7 @@ def affine_coupling(
     if runs_reference(x, "affine_coupling"):
         y, total = reference.affine_coupling(*args)
     elif needs_grad(x, shift, scale, logdet):
-        y, total = AffineCoupling.apply(*args)  # type: ignore[no-untyped-call]
+        y, total = AffineCoupling.apply(*args)
     else:
         y, total = forward_op(*args)
     return (y, total) if flat else (y.reshape(shape), total.reshape(shape[:-1]))

@@ -125,7 +125,7 @@ class Maf(torch.autograd.Function):
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:
         saved, *kept = ctx.saved_tensors
         packed_back, inputs = kept[: ctx.steps], kept[ctx.steps :]
         needs = ctx.needs_input_grad[4 + ctx.context_count + ctx.fixed :]

@@ -53,7 +53,7 @@ class MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, in_degrees, out_degrees)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, in_degrees, out_degrees = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         inputs = (grad, x, weight, in_degrees, out_degrees, ctx.strict, want_x, want_weight or want_bias)
