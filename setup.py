@@ -1,8 +1,8 @@
 """Builds flowkernels._C, the C++ kernels.
 
 FLOWKERNELS_BUILD=0   pure Python: the reference on the CPU, Triton on a GPU; needs no compiler.
-FLOWKERNELS_CUDA      auto (default): build the CUDA kernels when nvcc and a CUDA build of torch are here; 0 never; 1 or fail.
-                      Whether a GPU is plugged in is never asked.
+FLOWKERNELS_CUDA      auto (default): build the CUDA kernels when nvcc and a CUDA build of torch are here; 0 never;
+                      1 or fail. Whether a GPU is plugged in is never asked.
 
 The library uses PyTorch's stable ABI (torch >= 2.10) and no Python API, so one build serves many versions of both.
 """

@@ -82,7 +82,8 @@ def _pyro_one_pass(flow: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal(z: Tensor) -> Tensor:
-    return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    log_prob: Tensor = torch.distributions.Normal(0.0, 1.0).log_prob(z)
+    return log_prob.sum(-1)
 
 
 def _pyro_log_prob(flow: Any, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def ceilings(report: Report) -> None:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         n = 8192
         x, y = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-        report.time("ceiling", f"GEMM {n} {name}", "cuBLAS", lambda x=x, y=y: x @ y, flops=2.0 * n**3)
+        report.time("ceiling", f"GEMM {n} {name}", "cuBLAS", partial(torch.matmul, x, y), flops=2.0 * n**3)
     torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "ceilings"
@@ -166,11 +167,11 @@ def affine_coupling(report: Report) -> None:
             law = ScaleLaw("softplus")
             options = (None, law.code, law.numbers, 0, False)
             small = slice(0, 512)
-            truth = reference.affine_coupling(*(t[small].double() for t in (x, shift, scale)), None, *options)
+            forward: Callable[..., Any] = reference.affine_coupling
+            backward: Callable[..., Any] = reference.affine_coupling_backward
+            truth = forward(*(t[small].double() for t in (x, shift, scale)), None, *options)
             sums = torch.randn(rows, device="cuda")
-            truth_back = reference.affine_coupling_backward(
-                *(t[small].double() for t in (grad, sums, x, shift, scale)), *options, 7
-            )
+            truth_back = backward(*(t[small].double() for t in (grad, sums, x, shift, scale)), *options, 7)
             size, bound = x.element_size() * x.numel(), 5e-6 if dtype == torch.float32 else 2e-2
             case = f"{rows}x{features} {str(dtype).removeprefix('torch.')}"
 
@@ -184,10 +185,10 @@ def affine_coupling(report: Report) -> None:
                     )
                     continue
                 run, back = (_cuda._kernel(name, op) for op in ("affine_coupling", "affine_coupling_backward"))
-                report.time("affine_coupling", f"forward {case}", name, lambda run=run: run(x, shift, scale, None, *options),
+                report.time("affine_coupling", f"forward {case}", name, partial(run, x, shift, scale, None, *options),
                             check=lambda out: relative(first(out), truth), bound=bound, moved=4 * size)  # fmt: skip
                 report.time("affine_coupling", f"backward {case}", name,
-                            lambda back=back: back(grad, sums, x, shift, scale, *options, 7),
+                            partial(back, grad, sums, x, shift, scale, *options, 7),
                             check=lambda out: relative(first(out), truth_back), bound=bound, moved=7 * size)  # fmt: skip
 
             def plain(x: Any, shift: Any, scale: Any) -> Any:
@@ -205,10 +206,10 @@ def affine_coupling(report: Report) -> None:
 
                 def both(function: Callable[..., Any]) -> list[Any]:
                     y, logdet = function(*leaves)
-                    return torch.autograd.grad([y, logdet], leaves, [grad, sums.to(logdet.dtype)])
+                    return list(torch.autograd.grad([y, logdet], leaves, [grad, sums.to(logdet.dtype)]))
 
                 for name, function in (("auto", fk_affine(fk)), ("eager", plain), ("torch.compile", compiled)):
-                    report.time("affine_coupling", f"forward+backward {case}", name, lambda function=function: both(function),
+                    report.time("affine_coupling", f"forward+backward {case}", name, partial(both, function),
                                 check=lambda out: relative(first(out), truth_back), bound=10 * bound,
                                 moved=11 * size, graph=False)  # fmt: skip
 
@@ -232,7 +233,7 @@ def maf(report: Report) -> None:
         one = fk.models.MAF(features, (hidden, hidden), 1).cuda()
         for p in [*flow.parameters(), *one.parameters()]:
             p.requires_grad_(False)
-        pairs = sum(int(m.sum()) for layer in flow.modules() if hasattr(layer, "plan") for m in layer.plan.masks)
+        pairs = sum(int(m.sum()) for made in flow.modules() if isinstance(made, fk.nn.MADE) for m in made.plan.masks)
         for batch in batches:
             z = torch.randn(batch, features, device="cuda")
             case, flops = f"D={features} H={hidden} B={batch}", 2.0 * pairs * batch
@@ -296,10 +297,10 @@ def gumbel(report: Report) -> None:
             back = _cuda._kernel(name, "gumbel_softmax_backward")
             for hard in (False, True):
                 report.time("gumbel_softmax", f"forward hard={hard} {case}", name,
-                            lambda run=run, hard=hard: run(logits, tau, seed, 0, hard),
+                            partial(run, logits, tau, seed, 0, hard),
                             check=None if hard else lambda out: relative([out[few]], truth), bound=1e-5, moved=2 * size)  # fmt: skip
             y = run(logits, tau, seed, 0, False)
-            report.time("gumbel_softmax", f"backward {case}", name, lambda back=back, y=y: back(logits, y, tau, False),
+            report.time("gumbel_softmax", f"backward {case}", name, partial(back, logits, y, tau, False),
                         moved=3 * size)  # fmt: skip
         function = torch.nn.functional.gumbel_softmax
         report.time(
@@ -321,6 +322,7 @@ def masked_linear(report: Report) -> None:
         report.add(family="masked_linear", case="all", variant="triton", failed=reason)
         return
     width = 1024
+    linear: Callable[..., Any] = reference.masked_linear
     run, back = (_cuda._kernel("triton", op) for op in ("masked_linear", "masked_linear_backward"))
     for degrees, label in (
         (torch.arange(width, device="cuda"), "sorted"),
@@ -334,9 +336,7 @@ def masked_linear(report: Report) -> None:
                 bias = torch.randn(width, device="cuda", dtype=dtype)
                 case = f"{batch}x{width} {str(dtype).removeprefix('torch.')} {label}"
                 bound = 1e-5 if dtype == torch.float32 else 2e-2
-                exact = reference.masked_linear(
-                    *(t.double() for t in (x[:64], weight, bias)), degrees, degrees, False, 1
-                )
+                exact = linear(*(t.double() for t in (x[:64], weight, bias)), degrees, degrees, False, 1)
                 flops = 2.0 * batch * int(mask.sum())
                 report.time("masked_linear", f"forward relu {case}", "triton",
                             lambda: run(x, weight, bias, degrees, degrees, False, 1),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def backward_of(function: type[torch.autograd.Function], op: Callable[..., Any], *args: Any) -> Any:
-    """Calls a backward operator: through its own autograd Function where a double backward may follow, plainly elsewhere.
+    """Calls a backward operator: through its autograd Function where a double backward may follow, plainly elsewhere.
 
     torch.compile has no double backward and does not trace a Function inside the backward of another.
     """
@@ -27,8 +27,8 @@ def reference_double_backward(
 ) -> tuple[Tensor | None, ...]:
     """Derivative of an operator's backward, by autograd through the operator's reference.
 
-    The backward maps (grad_outputs, inputs) to the gradients of the inputs; given `grad_grads`, the gradients of those, this
-    returns the gradients of (*grad_outputs, *inputs). Second derivatives are rare: readable beats fast.
+    The backward maps (grad_outputs, inputs) to the gradients of the inputs; given `grad_grads`, the gradients of those,
+    this returns the gradients of (*grad_outputs, *inputs). Second derivatives are rare: readable beats fast.
     """
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (*grad_outputs, *inputs)]
@@ -68,4 +68,5 @@ def not_twice_differentiable(name: str, grads: tuple[Tensor, ...], inputs: tuple
     """`grads` as they are, except that a derivative of them raises instead of being silently zero."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         return grads
-    return _NotTwice.apply(name, len(grads), *grads, *inputs)
+    same: tuple[Tensor, ...] = _NotTwice.apply(name, len(grads), *grads, *inputs)
+    return same

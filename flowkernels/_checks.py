@@ -26,9 +26,7 @@ def check_float_tensor(name: str, value: Any, *, like: Tensor | None = None, lik
     if like is not None:
         check_device(name, value, like, like_name)
         if value.dtype != like.dtype:
-            raise TypeError(
-                f"{name} has dtype {value.dtype}, but {like_name} has {like.dtype}: use one dtype"
-            )
+            raise TypeError(f"{name} has dtype {value.dtype}, but {like_name} has {like.dtype}: use one dtype")
 
 
 def check_device(name: str, value: Tensor, like: Tensor, like_name: str = "x") -> None:

@@ -1,8 +1,8 @@
 """Declares the torch operators and loads the compiled kernels.
 
 Each operator is declared once. Its plain-PyTorch reference is registered as the composite implementation: the
-fallback on every device, the fake kernel for tracing, and the truth that the kernels are tested against. The compiled library then
-adds its CPU kernels on top; on CUDA tensors `_cuda.run` chooses between CUDA C++ and Triton.
+fallback on every device, the fake kernel for tracing, and the truth that the kernels are tested against. The compiled
+library then adds its CPU kernels on top; on CUDA tensors `_cuda.run` chooses between CUDA C++ and Triton.
 """
 
 from __future__ import annotations

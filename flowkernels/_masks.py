@@ -52,9 +52,7 @@ def _as_tensor(mask: Sequence[bool] | Sequence[int], features: int, device: torc
     try:
         values = list(mask)
     except TypeError:
-        raise TypeError(
-            f"mask must be a tensor or a list of booleans or indices, got {type(mask).__name__}"
-        ) from None
+        raise TypeError(f"mask must be a tensor or a list of booleans or indices, got {type(mask).__name__}") from None
     if all(isinstance(v, bool) for v in values) and values:
         _check_length(len(values), features)
         _check_count(sum(values), features)
@@ -100,9 +98,7 @@ def _check_count(count: int, features: int) -> None:
     if count == 0:
         raise ValueError(f"mask selects none of the {features} features: nothing would be transformed")
     if count == features:
-        raise ValueError(
-            f"mask selects all of the {features} features: leave mask out to transform everything"
-        )
+        raise ValueError(f"mask selects all of the {features} features: leave mask out to transform everything")
 
 
 def _check_indices(indices: Sequence[int], features: int) -> None:

@@ -1,9 +1,10 @@
 """Plans: from the masks of an autoregressive network to the order in which its units become final.
 
-A unit is final at time m when it depends on features of the first m steps only (m = 0: on none). Every layer's units are
-sorted by that time, which makes the weights block lower triangular: a density pass skips the empty half, and a sampling
-sweep uses every weight exactly once. Times come from the masks themselves by reachability, never from a convention about
-degrees, so any order, any degrees, residual connections and graphs that allow several features per step are covered.
+A unit is final at time m when it depends on features of the first m steps only (m = 0: on none). Every layer's units
+are sorted by that time, which makes the weights block lower triangular: a density pass skips the empty half, and a
+sampling sweep uses every weight exactly once. Times come from the masks themselves by reachability, never from a
+convention about degrees, so any order, any degrees, residual connections and graphs that allow several features per
+step are covered.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 ACTIVATIONS = ("identity", "relu", "tanh", "elu", "silu", "leaky_relu", "gelu", "sigmoid", "softplus")
 
-# Rows of the widest layer in one block of a sweep. Inside a block features go one by one; what earlier blocks contribute
-# is one matrix product. Measured on D=784 H=1024 and D=63 H=512, see benchmarks/results.
+# Rows of the widest layer in one block of a sweep. Inside a block features go one by one; what earlier blocks
+# contribute is one matrix product. Measured on D=784 H=1024 and D=63 H=512, see benchmarks/results.
 BLOCK_ROWS = 48
 MAX_LAYERS = 64  # csrc/common/net.h: kMaxLayers
 PANEL_ROWS = 16  # csrc/cpu/panels.h
@@ -99,7 +100,9 @@ class Plan:
         if self.layout not in ("interleaved", "blocked"):
             raise ValueError(f"layout must be interleaved or blocked, got {self.layout!r}")
         if len(self.activation) != hidden:
-            raise ValueError(f"activation must name {hidden} activations, one per hidden layer, got {len(self.activation)}")
+            raise ValueError(
+                f"activation must name {hidden} activations, one per hidden layer, got {len(self.activation)}"
+            )
         for name in self.activation:
             if name not in ACTIVATIONS:
                 raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
@@ -138,12 +141,12 @@ class Plan:
 
         step = torch.full((self.features,), -1)
         missing = needs.sum(1)
-        now, ready = 0, torch.nonzero(missing == 0).flatten()
+        steps, ready = 0, torch.nonzero(missing == 0).flatten()
         while len(ready):
-            step[ready] = now
+            step[ready] = steps
             missing = missing - needs[:, ready].sum(1)
             ready = torch.nonzero((missing == 0) & (step < 0)).flatten()
-            now += 1
+            steps += 1
         if (step < 0).any():
             output, inp = _broken_pair(needs, step < 0)
             raise ValueError(
@@ -151,7 +154,7 @@ class Plan:
                 + ("" if output == inp else f", and output {inp} on input {output} through others")
             )
         self.step = step
-        self.steps = now
+        self.steps = steps
         self.times = [_latest(r, step + 1) for r in reach[1:-1]]
         self._feature_of_row = feature_of_row
 
@@ -193,12 +196,12 @@ class Plan:
         self.packed_sizes = (int(self.forward_table[4]), int(self.backward_table[4]))
         # Inputs, every layer's outputs, and the pre-activations that slopes need, each in whole chunks of rows:
         # `kept_of` in csrc/cpu/maf.h.
-        rows = _round_up(features, PANEL_ROWS) + sum(
+        saved = _round_up(features, PANEL_ROWS) + sum(
             _round_up(len(layer.perm), PANEL_ROWS) * (2 if ACTIVATIONS[layer.activation] in ("silu", "gelu") else 1)
             for layer in layers
         )
         # Indexed by direction: the sampling direction also keeps z.
-        self.saved_rows = (rows, rows + _round_up(features, PANEL_ROWS))
+        self.saved_rows = (saved, saved + _round_up(features, PANEL_ROWS))
 
     def _table(self, layers: list[_Layer], input_perm: Tensor, input_time: Tensor) -> Tensor:
         """The plan as one int64 tensor, as csrc/common/net.h reads it."""
@@ -378,7 +381,7 @@ def _latest(reach: Tensor, time: Tensor) -> Tensor:
 
 
 def _blocks(times: list[Tensor], steps: int) -> list[int]:
-    """Boundaries 0 = t_0 < ... < t_n = steps so that no layer has more than BLOCK_ROWS rows in a block, if it can be."""
+    """Boundaries 0 = t_0 < ... < t_n = steps: no layer has more than BLOCK_ROWS rows in a block, if that can be."""
     counts = torch.stack([torch.bincount(t, minlength=steps + 1)[: steps + 1] for t in times]).tolist()
     edges, rows = [0], [0] * len(times)
     for t in range(1, steps + 1):

@@ -135,11 +135,7 @@ class ScaleLaw:
         if self.name == "sigmoid":
             v = u + p["offset"]
             complement = torch.sigmoid(-v)
-            return (
-                torch.sigmoid(v) * complement / (torch.sigmoid(v) + p["floor"])
-                if p["floor"] > 0
-                else complement
-            )
+            return torch.sigmoid(v) * complement / (torch.sigmoid(v) + p["floor"]) if p["floor"] > 0 else complement
         if self.name == "tanh":
             return 1 - torch.tanh(u / p["bound"]) ** 2
         if self.name == "atan":

@@ -190,8 +190,7 @@ def assert_written(out: Any, *, name: str = "output") -> None:
         bad = value.detach().isnan()
         if bad.any():
             raise AssertionError(
-                f"{label}: {int(bad.sum())} of {bad.numel()} elements are NaN (never written?), "
-                f"the first at {_at(bad)}"
+                f"{label}: {int(bad.sum())} of {bad.numel()} elements are NaN (never written?), the first at {_at(bad)}"
             )
 
 
@@ -235,9 +234,7 @@ def assert_as_close_as_plain(
         return _judge(kernel_out, plain_out, exact_out, name, magnitude, factor)
     outs = [list(out) for out in (kernel_out, plain_out, exact_out)]
     if not len(outs[0]) == len(outs[1]) == len(outs[2]):
-        raise AssertionError(
-            f"{name}: {len(outs[0])} outputs, plain has {len(outs[1])}, exact {len(outs[2])}"
-        )
+        raise AssertionError(f"{name}: {len(outs[0])} outputs, plain has {len(outs[1])}, exact {len(outs[2])}")
     sizes = [None] * len(outs[0]) if magnitude is None else list(magnitude)
     for i, (k, p, e, m) in enumerate(zip(*outs, sizes, strict=True)):
         have = [label for label, out in (("kernel", k), ("plain", p), ("exact", e)) if out is not None]
@@ -345,9 +342,7 @@ def check_against_reference(
         exact = _run_flat(call, _cast(inputs, torch.float64), gradients)
         spreads = _spread_of_plain(call, inputs, gradients)
     if len(own) != len(labels):
-        raise AssertionError(
-            f"{name}: {len(outs)} outputs, {len(grads)} gradients; the reference has {len(own)}"
-        )
+        raise AssertionError(f"{name}: {len(outs)} outputs, {len(grads)} gradients; the reference has {len(own)}")
     for label, k, p, e, spread in zip(labels, [*outs, *grads], own, exact, spreads, strict=True):
         if k is None or p is None or e is None:
             # Not to depend on an input and to have a gradient of zero are the same.
@@ -427,9 +422,7 @@ def assert_same_bits(first: Any, second: Any, *, name: str = "output") -> None:
 # ---- gradients ---------------------------------------------------------------------------------------------
 
 
-def check_gradients(
-    call: Call, inputs: Sequence[Tensor | None], *, second: bool = False, **options: Any
-) -> None:
+def check_gradients(call: Call, inputs: Sequence[Tensor | None], *, second: bool = False, **options: Any) -> None:
     """Compares gradients of the float64 inputs with finite differences; with `second` second derivatives too.
 
     `options` go to `torch.autograd.gradcheck` and `gradgradcheck`.
@@ -452,9 +445,7 @@ def check_gradients(
 # ---- the laws of a flow ------------------------------------------------------------------------------------
 
 
-def check_flow_laws(
-    forward: Call, inverse: Call, x: Tensor, *, event_dims: int = 1, tolerance: float = 1e-9
-) -> None:
+def check_flow_laws(forward: Call, inverse: Call, x: Tensor, *, event_dims: int = 1, tolerance: float = 1e-9) -> None:
     """Laws of an invertible transform, both ways: `check_inverse`, `check_logdet`, `check_logdets_cancel`.
 
     Args:
@@ -506,9 +497,7 @@ def check_logdets_cancel(forward: Call, inverse: Call, x: Tensor, *, tolerance: 
     """The forward log-det at x is minus the inverse log-det at forward(x)."""
     y, logdet = forward(x)
     _, back = inverse(y.detach())
-    _assert_near(
-        back, -logdet, tolerance, "logdet of the inverse against minus that of the forward direction"
-    )
+    _assert_near(back, -logdet, tolerance, "logdet of the inverse against minus that of the forward direction")
 
 
 # ---- how PyTorch may call an operator ----------------------------------------------------------------------
@@ -549,10 +538,7 @@ def check_vmap(
     """torch.func.vmap gives the stacked results of a loop; so does vmap of jacrev for every mapped input."""
     size = next(t.shape[d] for t, d in zip(inputs, in_dims, strict=True) if t is not None and d is not None)
     slices = [
-        [
-            t.select(d, i) if t is not None and d is not None else t
-            for t, d in zip(inputs, in_dims, strict=True)
-        ]
+        [t.select(d, i) if t is not None and d is not None else t for t, d in zip(inputs, in_dims, strict=True)]
         for i in range(size)
     ]
     mapped = torch.func.vmap(call, in_dims=tuple(in_dims))(*inputs)
@@ -578,9 +564,7 @@ def check_vmap(
             assert_as_close_as_plain(part, each, each, name=f"vmap(jacrev) of output {o} by input {i}")
 
 
-def check_deterministic(
-    call: Call, inputs: Sequence[Tensor | None], *, gradients: bool = True, runs: int = 2
-) -> None:
+def check_deterministic(call: Call, inputs: Sequence[Tensor | None], *, gradients: bool = True, runs: int = 2) -> None:
     """The same input gives the same bits, outputs and gradients, in every one of `runs` runs."""
     first = _run(call, inputs, gradients)
     for _ in range(runs - 1):
@@ -611,9 +595,7 @@ def check_threads(
     for worker in workers:
         worker.join()
     if len(results) != threads * repeats:
-        raise AssertionError(
-            f"{threads * repeats - len(results)} of {threads * repeats} calls gave no result"
-        )
+        raise AssertionError(f"{threads * repeats - len(results)} of {threads * repeats} calls gave no result")
     for result in results:
         if isinstance(result, BaseException):
             raise AssertionError(f"a call in a thread raised {type(result).__name__}: {result}") from result
@@ -680,9 +662,7 @@ def _run(
     return [t.detach() for t in out], list(got)
 
 
-def _run_flat(
-    call: Call, inputs: Sequence[Tensor | None], gradients: bool, shake: int = 0
-) -> list[Tensor | None]:
+def _run_flat(call: Call, inputs: Sequence[Tensor | None], gradients: bool, shake: int = 0) -> list[Tensor | None]:
     out, grads = _run(call, inputs, gradients, shake)
     return [*out, *grads]
 

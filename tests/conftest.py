@@ -17,9 +17,7 @@ from flowkernels import available_backends, use_backend
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-settings.register_profile(
-    "search", parent=settings.get_profile("repeatable"), derandomize=False, max_examples=1000
-)
+settings.register_profile("search", parent=settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ TRANSFORMS: list[tuple[str | ScaleLaw, str]] = [
 
 def masks_of(degrees: Sequence[Tensor], per: int = 2) -> list[Tensor]:
     """Masks from the degrees of the features and of every hidden layer: the convention of Germain et al."""
-    masks = [o[:, None] >= i[None, :] for i, o in zip(degrees[:-1], degrees[1:], strict=True)]
+    masks = [o[:, None] >= i[None, :] for i, o in pairwise(degrees)]
     out = degrees[0].repeat_interleave(per)
     return [*masks, out[:, None] > degrees[-1][None, :]]
 

@@ -95,9 +95,7 @@ else:
 
 
 def copy_without_library(to: Path) -> Path:
-    shutil.copytree(
-        Path(fk.__file__).parent, to / "flowkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    shutil.copytree(Path(fk.__file__).parent, to / "flowkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return to
 
 

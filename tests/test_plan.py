@@ -195,24 +195,56 @@ MASKS = masks_of([torch.tensor([1, 2]), torch.tensor([1, 1, 1])])
     [
         (ValueError, r"masks must hold at least the output layer's mask, got none", lambda: Plan([])),
         (ValueError, r"masks\[0\] must have 2 dimensions \(out, in\), got 1", lambda: Plan([torch.ones(3)])),
-        (ValueError, r"masks\[1\] must have 3 columns, the rows of masks\[0\], got 4", lambda: Plan([MASKS[0], torch.ones(4, 4)])),
-        (ValueError, r"masks\[0\] must have at least one column, the features, got 0", lambda: Plan([torch.ones(2, 0)])),
-        (ValueError, r"masks\[1\] must have 4 rows \(2 parameters of 2 features\), got 2", lambda: Plan([MASKS[0], MASKS[1][:2]])),
+        (
+            ValueError,
+            r"masks\[1\] must have 3 columns, the rows of masks\[0\], got 4",
+            lambda: Plan([MASKS[0], torch.ones(4, 4)]),
+        ),
+        (
+            ValueError,
+            r"masks\[0\] must have at least one column, the features, got 0",
+            lambda: Plan([torch.ones(2, 0)]),
+        ),
+        (
+            ValueError,
+            r"masks\[1\] must have 4 rows \(2 parameters of 2 features\), got 2",
+            lambda: Plan([MASKS[0], MASKS[1][:2]]),
+        ),
         (ValueError, r"masks\[1\] must have 6 rows \(3 parameters", lambda: Plan(MASKS, parameters=("a", "b", "c"))),
         (ValueError, r"layout must be interleaved or blocked, got 'rows'", lambda: Plan(MASKS, layout="rows")),
-        (ValueError, r"activation must name 1 activations, one per hidden layer, got 2", lambda: Plan(MASKS, activation=("relu", "relu"))),
-        (ValueError, r"activation must be one of identity, relu, .*got 'swish'", lambda: Plan(MASKS, activation="swish")),
-        (ValueError, r"residual must have 1 entries, one per hidden layer, got 2", lambda: Plan(MASKS, residual=[None, 0])),
+        (
+            ValueError,
+            r"activation must name 1 activations, one per hidden layer, got 2",
+            lambda: Plan(MASKS, activation=("relu", "relu")),
+        ),
+        (
+            ValueError,
+            r"activation must be one of identity, relu, .*got 'swish'",
+            lambda: Plan(MASKS, activation="swish"),
+        ),
+        (
+            ValueError,
+            r"residual must have 1 entries, one per hidden layer, got 2",
+            lambda: Plan(MASKS, residual=[None, 0]),
+        ),
         (ValueError, r"residual\[0\] must name an earlier hidden layer, got 0", lambda: Plan(MASKS, residual=[0])),
         (ValueError, r"residual\[0\] must name an earlier hidden layer, got -1", lambda: Plan(MASKS, residual=[-1])),
-        (ValueError, r"residual\[1\] adds layer 0 of width 3 to one of width 2", lambda: Plan([MASKS[0], torch.zeros(2, 3), torch.zeros(4, 2)], residual=[None, 0])),
-        (ValueError, r"residual\[2\]: layer 0 is already added", lambda: Plan([MASKS[0], *[torch.zeros(3, 3)] * 2, MASKS[1]], residual=[None, 0, 0])),
+        (
+            ValueError,
+            r"residual\[1\] adds layer 0 of width 3 to one of width 2",
+            lambda: Plan([MASKS[0], torch.zeros(2, 3), torch.zeros(4, 2)], residual=[None, 0]),
+        ),
+        (
+            ValueError,
+            r"residual\[2\]: layer 0 is already added",
+            lambda: Plan([MASKS[0], *[torch.zeros(3, 3)] * 2, MASKS[1]], residual=[None, 0, 0]),
+        ),
         (ValueError, r"context must name layers 0 to 1, got 2", lambda: Plan(MASKS, context=(2,))),
         (ValueError, r"context must name layers 0 to 1, got -1", lambda: Plan(MASKS, context=(-1,))),
         (ValueError, r"context names layer 0 twice", lambda: Plan(MASKS, context=(0, 0))),
         (TypeError, r"masks\[0\] must be a torch\.Tensor, got list", lambda: Plan([[[1.0]]])),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(error: type[Exception], message: str, call: Any) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -301,9 +301,7 @@ def test_flow_laws() -> None:
     with pytest.raises(AssertionError, match=r"logdet has shape \(4, 3\), the events have \(4,\)"):
         testing.check_logdet(lambda x: (forward(x)[0], u), x)
     with pytest.raises(AssertionError, match="event 1 depends on event 0"):
-        testing.check_logdet(
-            lambda x: (forward(x)[0] + x[0].detach() * 0 + x.cumsum(0) - x, forward(x)[1]), x
-        )
+        testing.check_logdet(lambda x: (forward(x)[0] + x[0].detach() * 0 + x.cumsum(0) - x, forward(x)[1]), x)
 
 
 def test_flow_laws_of_image_shaped_events() -> None:

@@ -66,15 +66,24 @@ FK_INLINE T slope_from_kept(T a) {
 template <class F>
 decltype(auto) dispatch_activation(Activation a, F&& f) {
   switch (a) {
-    case Activation::relu: return f.template operator()<Activation::relu>();
-    case Activation::tanh: return f.template operator()<Activation::tanh>();
-    case Activation::elu: return f.template operator()<Activation::elu>();
-    case Activation::silu: return f.template operator()<Activation::silu>();
-    case Activation::leaky_relu: return f.template operator()<Activation::leaky_relu>();
-    case Activation::gelu: return f.template operator()<Activation::gelu>();
-    case Activation::sigmoid: return f.template operator()<Activation::sigmoid>();
-    case Activation::softplus: return f.template operator()<Activation::softplus>();
-    default: return f.template operator()<Activation::identity>();
+    case Activation::relu:
+      return f.template operator()<Activation::relu>();
+    case Activation::tanh:
+      return f.template operator()<Activation::tanh>();
+    case Activation::elu:
+      return f.template operator()<Activation::elu>();
+    case Activation::silu:
+      return f.template operator()<Activation::silu>();
+    case Activation::leaky_relu:
+      return f.template operator()<Activation::leaky_relu>();
+    case Activation::gelu:
+      return f.template operator()<Activation::gelu>();
+    case Activation::sigmoid:
+      return f.template operator()<Activation::sigmoid>();
+    case Activation::softplus:
+      return f.template operator()<Activation::softplus>();
+    default:
+      return f.template operator()<Activation::identity>();
   }
 }
 

@@ -51,8 +51,7 @@ FK_INLINE AffineGradient<T> affine_backward_of_scale(T grad_y, T grad_logdet, T 
     return {gx, grad_y * complement, (gx * (x - shift) + grad_logdet) * slope};
   } else {
     const T gx = grad_y / s.sigma;
-    if constexpr (F == Form::scale_shift)
-      return {gx, -gx, -(grad_y * ((x - shift) / s.sigma) + grad_logdet) * slope};
+    if constexpr (F == Form::scale_shift) return {gx, -gx, -(grad_y * ((x - shift) / s.sigma) + grad_logdet) * slope};
     if constexpr (F == Form::shift_scale) return {gx, -grad_y, -(grad_y * (x / s.sigma) + grad_logdet) * slope};
     return {gx, -gx * complement, -(grad_y * ((x - shift) / s.sigma) + grad_logdet) * slope};
   }

@@ -1,4 +1,5 @@
-// From grey levels to a continuous number, of one element: p = margin + (1 - 2 margin) (x + noise) / levels, and the logit of it.
+// From grey levels to a continuous number, of one element: p = margin + (1 - 2 margin) (x + noise) / levels, and the
+// logit of it.
 #pragma once
 #include "common/math.h"
 
@@ -14,7 +15,8 @@ struct Dequantized {
   T y, logdet;
 };
 
-// logit(p) and log(dy/dx) = log(dp/dx) - log p - log(1 - p). 1 - p comes from the other side, so nothing cancels near 1.
+// logit(p) and log(dy/dx) = log(dp/dx) - log p - log(1 - p). 1 - p comes from the other side, so nothing cancels
+// near 1.
 template <class T>
 FK_INLINE Dequantized<T> dequantize_logit(T x, T noise, const Dequantization<T>& d) {
   const T scale = (T(1) - T(2) * d.margin) / d.levels;

@@ -20,11 +20,9 @@ FK_INLINE double to_compute(double v) { return v; }
 FK_INLINE float to_compute(bfloat16 v) { return math::bits_float(std::uint32_t{v.bits} << 16); }
 
 FK_INLINE float to_compute(float16 v) {
-  const std::uint32_t magnitude = std::uint32_t{v.bits} & 0x7fffu, sign = (std::uint32_t{v.bits} & 0x8000u)
-                                                                          << 16;
+  const std::uint32_t magnitude = std::uint32_t{v.bits} & 0x7fffu, sign = (std::uint32_t{v.bits} & 0x8000u) << 16;
   // The fields moved into place are the value times 2^-112; multiplying also normalises the subnormals.
-  const std::uint32_t finite =
-      math::float_bits(math::bits_float(magnitude << 13) * math::bits_float(0x77800000u));
+  const std::uint32_t finite = math::float_bits(math::bits_float(magnitude << 13) * math::bits_float(0x77800000u));
   return math::bits_float(sign | (magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : finite));
 }
 

@@ -1,11 +1,12 @@
 // The mixture-of-logistics transform of Flow++, both directions and their derivatives, for `Lanes` elements at once:
 //
 //   P = sum_k pi_k sigmoid(v_k),  Q = 1 - P = sum_k pi_k sigmoid(-v_k),  v_k = (x - mean_k) / s_k
-//   m = log P - log Q             y = sigma m + shift             log dm/dx = log(sum_k pi_k sigmoid(v_k) sigmoid(-v_k) / s_k) - log P - log Q
+//   m = log P - log Q             y = sigma m + shift             log dm/dx = log(sum_k pi_k sigmoid(v_k) sigmoid(-v_k)
+//   / s_k) - log P - log Q
 //
-// Parameters of an element are rows, [parameter][lane]: shift, scale, K logits of pi, K means, K logarithms of s. Each of the
-// three sums is taken relative to its largest term, so neither tail nor the gap between far components underflows; pi is
-// not normalised, because P + Q is what its sum would be.
+// Parameters of an element are rows, [parameter][lane]: shift, scale, K logits of pi, K means, K logarithms of s. Each
+// of the three sums is taken relative to its largest term, so neither tail nor the gap between far components
+// underflows; pi is not normalised, because P + Q is what its sum would be.
 #pragma once
 #include "common/lanes.h"
 #include "common/scales.h"
@@ -35,8 +36,8 @@ struct MixtureTerms {
 };
 
 template <int Lanes, class T>
-FK_INLINE MixtureTerms<T> mixture_terms(T x, T logit, T mean, T log_scale, T inverse_scale, const MixtureWork<T, Lanes>& w,
-                                        int i) {
+FK_INLINE MixtureTerms<T> mixture_terms(T x, T logit, T mean, T log_scale, T inverse_scale,
+                                        const MixtureWork<T, Lanes>& w, int i) {
   const T v = (x - mean) * inverse_scale, e = math::exp(-math::abs(v)), c = T(1) / (T(1) + e);
   return {v,
           v >= T(0) ? c : e * c,
@@ -55,25 +56,23 @@ FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* 
     w.most_below[i] = w.most_above[i] = w.most_density[i] = -std::numeric_limits<T>::infinity();
     w.below[i] = w.above[i] = w.density[i] = T(0);
   }
-  for (int k = 0; k < o.components; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const T v = (x[i] - means[k * Lanes + i]) * w.inverse_scale[k * Lanes + i], l = logits[k * Lanes + i];
-      w.most_below[i] = math::max(w.most_below[i], l + math::min(T(0), v));
-      w.most_above[i] = math::max(w.most_above[i], l - math::max(T(0), v));
-      w.most_density[i] =
-          math::max(w.most_density[i], l - math::abs(v) - math::max(o.min_log_scale, log_scales[k * Lanes + i]));
-    }
-  for (int k = 0; k < o.components; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
-                                              math::max(o.min_log_scale, log_scales[k * Lanes + i]),
-                                              w.inverse_scale[k * Lanes + i], w, i);
-      w.below[i] += t.below;
-      w.above[i] += t.above;
-      w.density[i] += t.density;
-    }
+  for (int k = 0; k < o.components; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
+    const T v = (x[i] - means[k * Lanes + i]) * w.inverse_scale[k * Lanes + i], l = logits[k * Lanes + i];
+    w.most_below[i] = math::max(w.most_below[i], l + math::min(T(0), v));
+    w.most_above[i] = math::max(w.most_above[i], l - math::max(T(0), v));
+    w.most_density[i] =
+        math::max(w.most_density[i], l - math::abs(v) - math::max(o.min_log_scale, log_scales[k * Lanes + i]));
+  }
+  for (int k = 0; k < o.components; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
+    const MixtureTerms<T> t =
+        mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
+                      math::max(o.min_log_scale, log_scales[k * Lanes + i]), w.inverse_scale[k * Lanes + i], w, i);
+    w.below[i] += t.below;
+    w.above[i] += t.above;
+    w.density[i] += t.density;
+  }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
     const T below = w.most_below[i] + math::log(w.below[i]), above = w.most_above[i] + math::log(w.above[i]);
@@ -87,14 +86,13 @@ FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* 
 
 template <int Lanes, class T>
 FK_INLINE void mixture_scales(const T* log_scales, const MixtureOptions<T>& o, MixtureWork<T, Lanes>& w) {
-  for (int k = 0; k < o.components; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i)
-      w.inverse_scale[k * Lanes + i] = math::exp(-math::max(o.min_log_scale, log_scales[k * Lanes + i]));
+  for (int k = 0; k < o.components; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i)
+    w.inverse_scale[k * Lanes + i] = math::exp(-math::max(o.min_log_scale, log_scales[k * Lanes + i]));
 }
 
-// x with m(x) = target. At x = mean_k + s_k target component k alone gives the target, so the smallest and the largest of
-// these bracket the solution. Newton's step where it stays inside the bracket and has halved the residual, else a
+// x with m(x) = target. At x = mean_k + s_k target component k alone gives the target, so the smallest and the largest
+// of these bracket the solution. Newton's step where it stays inside the bracket and has halved the residual, else a
 // bisection; a lane stops when its bracket or its step cannot become smaller, and keeps its value while others go on.
 template <int Lanes, class T>
 FK_INLINE void mixture_solve(const T* target, const T* logits, const T* means, const T* log_scales,
@@ -107,13 +105,12 @@ FK_INLINE void mixture_solve(const T* target, const T* logits, const T* means, c
     last[i] = std::numeric_limits<T>::infinity();
     open[i] = T(1);
   }
-  for (int k = 0; k < o.components; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const T at = means[k * Lanes + i] + target[i] / w.inverse_scale[k * Lanes + i];
-      low[i] = math::min(low[i], at);
-      high[i] = math::max(high[i], at);
-    }
+  for (int k = 0; k < o.components; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
+    const T at = means[k * Lanes + i] + target[i] / w.inverse_scale[k * Lanes + i];
+    low[i] = math::min(low[i], at);
+    high[i] = math::max(high[i], at);
+  }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) x[i] = T(0.5) * low[i] + T(0.5) * high[i];
   constexpr T eps = std::numeric_limits<T>::epsilon();
@@ -144,8 +141,8 @@ FK_INLINE void mixture_solve(const T* target, const T* logits, const T* means, c
   }
 }
 
-// sigma, log sigma and its slope of every lane: the law is looked up before, so that the mixture is compiled once and not
-// once per law.
+// sigma, log sigma and its slope of every lane: the law is looked up before, so that the mixture is compiled once and
+// not once per law.
 template <class T, int Lanes>
 struct LaneScales {
   alignas(64) T sigma[Lanes], log_sigma[Lanes], slope[Lanes];
@@ -188,8 +185,9 @@ FK_INLINE void mixture_lanes(const T* x, const T* parameters, const MixtureOptio
   }
 }
 
-// Gradients, from x and y of the forward direction: the solution is not sought again. For the inverse, with m the forward
-// transform at fixed parameters and l its log slope, dx = (dm - m_parameters) / m_x (implicit function theorem).
+// Gradients, from x and y of the forward direction: the solution is not sought again. For the inverse, with m the
+// forward transform at fixed parameters and l its log slope, dx = (dm - m_parameters) / m_x (implicit function
+// theorem).
 template <bool Inverse, int Lanes, class T>
 FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, const T* x, const T* parameters,
                                       const MixtureOptions<T>& o, const LaneScales<T, Lanes>& s, T* grad_in,
@@ -206,15 +204,14 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
     // d log slope / dx first: the total derivative of the outputs along x.
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) rate[i] = T(0);
-    for (int k = 0; k < K; ++k)
-      FK_SIMD
-      for (int i = 0; i < Lanes; ++i) {
-        const T inv = w.inverse_scale[k * Lanes + i];
-        const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
-                                                math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
-        const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
-        rate[i] += inv * ((q - r) * t.up - (p - r) * t.down);
-      }
+    for (int k = 0; k < K; ++k) FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const T inv = w.inverse_scale[k * Lanes + i];
+      const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
+                                              math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
+      const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
+      rate[i] += inv * ((q - r) * t.up - (p - r) * t.down);
+    }
   }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
@@ -237,20 +234,19 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
     gx[i] = T(0);
     above[i] = math::sigmoid(-w.m[i]);
   }
-  for (int k = 0; k < K; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const T inv = w.inverse_scale[k * Lanes + i];
-      const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
-                                              math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
-      // Shares of the component in P, Q and the density; its weight is p P + q Q, which makes pi - p = Q (q - p).
-      const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
-      const T a = gm[i] * (p * t.down + q * t.up) + gl[i] * ((q - r) * t.up - (p - r) * t.down);
-      gx[i] += a * inv;
-      g_means[k * Lanes + i] = -a * inv;
-      g_logits[k * Lanes + i] = gm[i] * (p - q) + gl[i] * ((r - q) + above[i] * (q - p));
-      g_log_scales[k * Lanes + i] = log_scales[k * Lanes + i] < o.min_log_scale ? T(0) : -a * t.v - gl[i] * r;
-    }
+  for (int k = 0; k < K; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
+    const T inv = w.inverse_scale[k * Lanes + i];
+    const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
+                                            math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
+    // Shares of the component in P, Q and the density; its weight is p P + q Q, which makes pi - p = Q (q - p).
+    const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
+    const T a = gm[i] * (p * t.down + q * t.up) + gl[i] * ((q - r) * t.up - (p - r) * t.down);
+    gx[i] += a * inv;
+    g_means[k * Lanes + i] = -a * inv;
+    g_logits[k * Lanes + i] = gm[i] * (p - q) + gl[i] * ((r - q) + above[i] * (q - p));
+    g_log_scales[k * Lanes + i] = log_scales[k * Lanes + i] < o.min_log_scale ? T(0) : -a * t.v - gl[i] * r;
+  }
   if constexpr (!Inverse) {
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) grad_in[i] = gx[i];

@@ -1,8 +1,8 @@
 // A plan (flowkernels/plan.py) as the kernels see it: views into one int64 table.
 //
-// Net: a chain of layers over sorted units. Row r of a layer needs the columns [0, depth) of the layer before it; a unit of
-// time m is final after m steps. The same struct describes the network forwards (features -> hidden -> parameters) and
-// backwards (gradients of parameters -> hidden -> features, weights transposed, time reversed).
+// Net: a chain of layers over sorted units. Row r of a layer needs the columns [0, depth) of the layer before it; a
+// unit of time m is final after m steps. The same struct describes the network forwards (features -> hidden ->
+// parameters) and backwards (gradients of parameters -> hidden -> features, weights transposed, time reversed).
 #pragma once
 #include <cstdint>
 
@@ -23,11 +23,11 @@ struct Layer {
   int64_t weight;      // index of the weight that it multiplies by
   int64_t transposed;  // 1: multiplies by the transpose
   int64_t activation;
-  int64_t residual;               // layer whose pre-activation is added, or -1
-  const int64_t* residual_row;    // [rows] row of that layer, -1: none
-  const int64_t* perm;            // [rows] index of each row in the user's order
-  const int64_t* up_to;           // [steps + 1] rows that are final at each time
-  const int64_t* group;           // [blocks + 2] first panel of: time 0, block 0, block 1, ...
+  int64_t residual;             // layer whose pre-activation is added, or -1
+  const int64_t* residual_row;  // [rows] row of that layer, -1: none
+  const int64_t* perm;          // [rows] index of each row in the user's order
+  const int64_t* up_to;         // [steps + 1] rows that are final at each time
+  const int64_t* group;         // [blocks + 2] first panel of: time 0, block 0, block 1, ...
   const Panel* panel;
   int64_t panels;
   int64_t bias;            // offset of the biases in the packed buffer, -1: none

@@ -69,8 +69,8 @@ FK_INLINE float gumbel_of_word(std::uint32_t word, float) {
   const float e = static_cast<float>(static_cast<std::int32_t>(k) >> 23);
   const float s = math::bits_float(0x3f800000u - (k & 0xff800000u));
   const float f = (s - 1.0f) - v * s;
-  return -math::detail::log_normal(
-      -math::detail::log_poly(f, e * math::detail::kLn2Hi, e * math::detail::kLn2Lo), 0.0f);
+  return -math::detail::log_normal(-math::detail::log_poly(f, e * math::detail::kLn2Hi, e * math::detail::kLn2Lo),
+                                   0.0f);
 #endif
 }
 FK_INLINE double gumbel_of_word(std::uint32_t word, double) {
@@ -104,12 +104,10 @@ FK_INLINE NormalPair<float> normals_of_words(std::uint32_t w0, std::uint32_t w1,
   const float sine =
       x + x * z * (-1.66666667e-01f + z * (8.33333333e-03f + z * (-1.98412698e-04f + z * 2.75573192e-06f)));
   const float cosine =
-      1.0f + z * (-0.5f + z * (4.16666667e-02f +
-                               z * (-1.38888889e-03f + z * (2.48015873e-05f - z * 2.75573192e-07f))));
+      1.0f + z * (-0.5f + z * (4.16666667e-02f + z * (-1.38888889e-03f + z * (2.48015873e-05f - z * 2.75573192e-07f))));
   const bool odd = (quarter & 1u) != 0u;
   const float c = odd ? sine : cosine, s = odd ? cosine : sine;
-  const float sign_c = ((quarter + 1u) & 2u) != 0u ? -1.0f : 1.0f,
-              sign_s = (quarter & 2u) != 0u ? -1.0f : 1.0f;
+  const float sign_c = ((quarter + 1u) & 2u) != 0u ? -1.0f : 1.0f, sign_s = (quarter & 2u) != 0u ? -1.0f : 1.0f;
   return {r * (sign_c * c), r * (sign_s * s)};
 }
 

@@ -1,15 +1,17 @@
 // The monotonic rational-quadratic spline: both directions and their derivatives, for `Lanes` elements at once.
 //
-// Parameters of an element are rows, [parameter][lane]: K widths, K heights, K - 1 inner slopes. Finding the bin is a walk
-// over all of them with selects, no branch and no gather, so that lanes become SIMD lanes. Inside, everything is a fraction
-// of the interval [-bound, bound], counted from its middle: u = x / (2 bound), and likewise for y.
+// Parameters of an element are rows, [parameter][lane]: K widths, K heights, K - 1 inner slopes. Finding the bin is a
+// walk over all of them with selects, no branch and no gather, so that lanes become SIMD lanes. Inside, everything is a
+// fraction of the interval [-bound, bound], counted from its middle: u = x / (2 bound), and likewise for y.
 //
-// In a bin of width w and height h, with s = h / w, slopes d0 and d1 at its knots, theta = (u - u0) / w, t = theta (1 - theta):
+// In a bin of width w and height h, with s = h / w, slopes d0 and d1 at its knots, theta = (u - u0) / w, t = theta (1 -
+// theta):
 //   R = (s theta^2 + d0 t) / (s + (d0 + d1 - 2 s) t)     y = y0 + h R
 //   dy/dx = s^2 (d1 theta^2 + 2 s t + d0 (1 - theta)^2) / (s + (d0 + d1 - 2 s) t)^2
 // The inverse solves R = eta for theta. With m = d0 (1 - eta) - d1 eta, b = m + 2 s eta, a = s - b:
 //   b^2 + 4 a s eta = m^2 + 4 s^2 eta (1 - eta) = D      a sum of squares, never negative
-//   theta = 2 s eta / (b + sqrt D) = (sqrt D - b) / (2 a)    the first where b >= 0, the second elsewhere: nothing cancels
+//   theta = 2 s eta / (b + sqrt D) = (sqrt D - b) / (2 a)    the first where b >= 0, the second elsewhere: nothing
+//   cancels
 #pragma once
 #include "common/lanes.h"
 #include "common/math.h"
@@ -35,8 +37,8 @@ struct SplineOptions {
 
 template <class T, class Numbers>
 SplineOptions<T> spline_options_of(int64_t bins, int64_t style, const Numbers& numbers) {
-  return {static_cast<int>(bins),        static_cast<SplineStyle>(style), static_cast<T>(numbers[0]),
-          static_cast<T>(numbers[1]),    static_cast<T>(numbers[2]),      static_cast<T>(numbers[3]),
+  return {static_cast<int>(bins),     static_cast<SplineStyle>(style), static_cast<T>(numbers[0]),
+          static_cast<T>(numbers[1]), static_cast<T>(numbers[2]),      static_cast<T>(numbers[3]),
           static_cast<T>(numbers[4])};
 }
 
@@ -70,7 +72,7 @@ FK_INLINE T spline_slope_rate(T u, T slope, const SplineOptions<T>& o) {
 template <class T, int Lanes>
 struct SplineAxis {
   alignas(64) T exponentials[kMaxBins * Lanes];
-  alignas(64) T factor[Lanes], factor_rest[Lanes];      // (1 - K min) / sum, and what rounding took from it
+  alignas(64) T factor[Lanes], factor_rest[Lanes];       // (1 - K min) / sum, and what rounding took from it
   alignas(64) T start[Lanes], rest[Lanes], size[Lanes];  // of the bin: it starts at start + rest in [-1/2, 1/2]
 };
 
@@ -92,17 +94,15 @@ FK_INLINE void spline_exponentials(const T* logits, T least, const SplineOptions
   if constexpr (S == SplineStyle::nflows) {  // zuko's logits stay below |log slope| / 2
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) largest[i] = spline_logit<S>(logits[i], o);
-    for (int k = 1; k < o.bins; ++k)
-      FK_SIMD
-      for (int i = 0; i < Lanes; ++i) largest[i] = math::max(largest[i], spline_logit<S>(logits[k * Lanes + i], o));
+    for (int k = 1; k < o.bins; ++k) FK_SIMD
+    for (int i = 0; i < Lanes; ++i) largest[i] = math::max(largest[i], spline_logit<S>(logits[k * Lanes + i], o));
   }
-  for (int k = 0; k < o.bins; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const T e = math::exp(spline_logit<S>(logits[k * Lanes + i], o) - largest[i]);
-      axis.exponentials[k * Lanes + i] = e;
-      add_exactly(sum[i], rest[i], e);
-    }
+  for (int k = 0; k < o.bins; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
+    const T e = math::exp(spline_logit<S>(logits[k * Lanes + i], o) - largest[i]);
+    axis.exponentials[k * Lanes + i] = e;
+    add_exactly(sum[i], rest[i], e);
+  }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
     const T total = sum[i] + rest[i], below = (sum[i] - total) + rest[i], part = T(1) - o.bins * least;
@@ -112,8 +112,8 @@ FK_INLINE void spline_exponentials(const T* logits, T least, const SplineOptions
   }
 }
 
-// Start and size of one bin per lane. Search: the bin that position[i] lies in, whose number is written to `bin`; otherwise
-// the bin whose number is there.
+// Start and size of one bin per lane. Search: the bin that position[i] lies in, whose number is written to `bin`;
+// otherwise the bin whose number is there.
 template <bool Search, int Lanes, class T>
 FK_INLINE void spline_find(const T* position, T least, int bins, SplineAxis<T, Lanes>& axis, T* bin) {
   alignas(64) T knot[Lanes], rest[Lanes];
@@ -148,8 +148,8 @@ FK_INLINE bool spline_inside(T x, const SplineOptions<T>& o) {
   return x >= -o.bound && x <= o.bound;
 }
 
-// Everything about the bin that each lane of x falls into; theta too, solved for when Inverse. Lanes outside the bounds are
-// put at a bound, so that what follows is finite.
+// Everything about the bin that each lane of x falls into; theta too, solved for when Inverse. Lanes outside the bounds
+// are put at a bound, so that what follows is finite.
 template <SplineStyle S, bool Inverse, int Lanes, class T>
 FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOptions<T>& o, SplineWork<T, Lanes>& s) {
   const int bins = o.bins;
@@ -174,13 +174,12 @@ FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOption
   const T* slopes = parameters + 2 * bins * Lanes;
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) s.raw0[i] = s.raw1[i] = T(0);
-  for (int k = 0; k < bins - 1; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const T v = slopes[k * Lanes + i];
-      s.raw0[i] = s.bin[i] == T(k + 1) ? v : s.raw0[i];
-      s.raw1[i] = s.bin[i] == T(k) ? v : s.raw1[i];
-    }
+  for (int k = 0; k < bins - 1; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
+    const T v = slopes[k * Lanes + i];
+    s.raw0[i] = s.bin[i] == T(k + 1) ? v : s.raw0[i];
+    s.raw1[i] = s.bin[i] == T(k) ? v : s.raw1[i];
+  }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
     const T d0 = spline_slope<S>(s.raw0[i], o), d1 = spline_slope<S>(s.raw1[i], o);
@@ -192,7 +191,8 @@ FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOption
     T theta;
     if constexpr (Inverse) {
       const T d0 = s.d0[i], d1 = s.d1[i], slope = s.y.size[i] / s.x.size[i];
-      const T eta = math::min(T(1), math::max(T(0), ((position[i] - s.y.start[i]) + (rest[i] - s.y.rest[i])) / s.y.size[i]));
+      const T eta =
+          math::min(T(1), math::max(T(0), ((position[i] - s.y.start[i]) + (rest[i] - s.y.rest[i])) / s.y.size[i]));
       const T m = d0 * (T(1) - eta) - d1 * eta, b = m + T(2) * slope * eta;
       const T root = std::sqrt(m * m + T(4) * (slope * eta) * (slope * (T(1) - eta)));
       const T sum = math::abs(b) + root;
@@ -227,7 +227,8 @@ FK_INLINE void rq_spline_lanes(const T* x, const T* parameters, const SplineOpti
 template <SplineStyle S, int Lanes, class T>
 FK_INLINE void spline_logit_gradients(const T* logits, const SplineAxis<T, Lanes>& axis, const T* bin, const T* before,
                                       const T* own, T least, const SplineOptions<T>& o, T* grad) {
-  // With f_j = least + factor e_j, sum over j of g_j (f_j - least) needs only the fractions up to the bin, which are known.
+  // With f_j = least + factor e_j, sum over j of g_j (f_j - least) needs only the fractions up to the bin, which are
+  // known.
   alignas(64) T mean[Lanes];
   const T scale = T(1) / (T(1) - o.bins * least);
   FK_SIMD
@@ -235,18 +236,17 @@ FK_INLINE void spline_logit_gradients(const T* logits, const SplineAxis<T, Lanes
     const T fractions = (axis.start[i] + T(0.5)) + axis.rest[i];
     mean[i] = (before[i] * (fractions - bin[i] * least) + own[i] * (axis.size[i] - least)) * scale;
   }
-  for (int k = 0; k < o.bins; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const T g = bin[i] > T(k) ? before[i] : (bin[i] == T(k) ? own[i] : T(0));
-      grad[k * Lanes + i] = axis.factor[i] * axis.exponentials[k * Lanes + i] * (g - mean[i]) *
-                            spline_logit_rate<S>(logits[k * Lanes + i], o);
-    }
+  for (int k = 0; k < o.bins; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
+    const T g = bin[i] > T(k) ? before[i] : (bin[i] == T(k) ? own[i] : T(0));
+    grad[k * Lanes + i] = axis.factor[i] * axis.exponentials[k * Lanes + i] * (g - mean[i]) *
+                          spline_logit_rate<S>(logits[k * Lanes + i], o);
+  }
 }
 
-// Gradients of x and of all parameters. For the inverse, x stands for its input, the flow's y: with f the forward transform
-// at fixed parameters and l its log slope, dx = (dy - df) / f' and d(-l) = -(l_x dx + dl), so the forward derivatives serve
-// with other cotangents.
+// Gradients of x and of all parameters. For the inverse, x stands for its input, the flow's y: with f the forward
+// transform at fixed parameters and l its log slope, dx = (dy - df) / f' and d(-l) = -(l_x dx + dl), so the forward
+// derivatives serve with other cotangents.
 template <SplineStyle S, bool Inverse, int Lanes, class T>
 FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, const T* x, const T* parameters,
                                         const SplineOptions<T>& o, T* grad_x, T* grad_parameters) {
@@ -281,8 +281,8 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
                  gl * (T(2) / s + T(2) * t * inv_n - T(2) * (T(1) - T(2) * t) * inv);
     grad0[i] = gr * t * (T(1) - ratio) * inv + gl * (rest * rest * inv_n - T(2) * t * inv);
     grad1[i] = -gr * ratio * t * inv + gl * (theta * theta * inv_n - T(2) * t * inv);
-    // The last bin ends at the bound, so its start alone moves: a softmax does not mind if its own share is taken off all
-    // gradients, and they do not cancel later.
+    // The last bin ends at the bound, so its start alone moves: a softmax does not mind if its own share is taken off
+    // all gradients, and they do not cancel later.
     const bool last = w.bin[i] == T(bins - 1);
     const T stretch = gs / w.x.size[i];
     before_u[i] = last ? stretch * s - per_width * rest : -per_width;
@@ -296,10 +296,9 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
   spline_logit_gradients<S>(parameters + bins * Lanes, w.y, w.bin, before_y, own_y, o.min_height, o,
                             grad_parameters + bins * Lanes);
   T* slopes = grad_parameters + 2 * bins * Lanes;
-  for (int k = 0; k < bins - 1; ++k)
-    FK_SIMD
-    for (int i = 0; i < Lanes; ++i)
-      slopes[k * Lanes + i] = (w.bin[i] == T(k + 1) ? grad0[i] : T(0)) + (w.bin[i] == T(k) ? grad1[i] : T(0));
+  for (int k = 0; k < bins - 1; ++k) FK_SIMD
+  for (int i = 0; i < Lanes; ++i)
+    slopes[k * Lanes + i] = (w.bin[i] == T(k + 1) ? grad0[i] : T(0)) + (w.bin[i] == T(k) ? grad1[i] : T(0));
 }
 
 // Calls f.template operator()<Style, Inverse>().

@@ -97,14 +97,22 @@ FK_INLINE T gate_complement(T u, const LawParameters<T>& p) {
 template <class F>
 void dispatch_law(Law law, F&& f) {
   switch (law) {
-    case Law::exp: return f.template operator()<Law::exp>();
-    case Law::softplus: return f.template operator()<Law::softplus>();
-    case Law::sigmoid: return f.template operator()<Law::sigmoid>();
-    case Law::tanh: return f.template operator()<Law::tanh>();
-    case Law::atan: return f.template operator()<Law::atan>();
-    case Law::softclip: return f.template operator()<Law::softclip>();
-    case Law::clip: return f.template operator()<Law::clip>();
-    default: return f.template operator()<Law::unit>();
+    case Law::exp:
+      return f.template operator()<Law::exp>();
+    case Law::softplus:
+      return f.template operator()<Law::softplus>();
+    case Law::sigmoid:
+      return f.template operator()<Law::sigmoid>();
+    case Law::tanh:
+      return f.template operator()<Law::tanh>();
+    case Law::atan:
+      return f.template operator()<Law::atan>();
+    case Law::softclip:
+      return f.template operator()<Law::softclip>();
+    case Law::clip:
+      return f.template operator()<Law::clip>();
+    default:
+      return f.template operator()<Law::unit>();
   }
 }
 

@@ -67,8 +67,7 @@ std::vector<Chunk> chunks_of(const Tensor& positions, int64_t features, int64_t 
     int transformed = 0, own = 0, adjacent = 0;
     for (int i = 0; i < kChunk; ++i) {
       const int64_t p = i < n ? position[c + i] : -1;
-      STD_TORCH_CHECK(p >= -1 && p < width, "feature ", c + i, " of the mask asks for parameter ", p, " of ",
-                      width);
+      STD_TORCH_CHECK(p >= -1 && p < width, "feature ", c + i, " of the mask asks for parameter ", p, " of ", width);
       chunk.lane[i] = static_cast<int32_t>(p);
       transformed += p >= 0;
       own += p == c + i;
@@ -87,9 +86,8 @@ std::vector<Chunk> chunks_of(const Tensor& positions, int64_t features, int64_t 
 }
 
 AffineArguments affine_arguments(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                 const std::optional<Tensor>& positions, std::vector<Chunk>& chunks,
-                                 int64_t law, const std::vector<double>& law_parameters, int64_t form,
-                                 bool inverse) {
+                                 const std::optional<Tensor>& positions, std::vector<Chunk>& chunks, int64_t law,
+                                 const std::vector<double>& law_parameters, int64_t form, bool inverse) {
   AffineArguments a;
   a.x = rows(x);
   a.shift = rows(shift);
@@ -124,18 +122,16 @@ void run(const Tensor& x, const AffineArguments& a) {
 }
 
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                           const std::optional<Tensor>& logdet,
-                                           const std::optional<Tensor>& positions, int64_t law,
-                                           const std::vector<double>& law_parameters, int64_t form,
+                                           const std::optional<Tensor>& logdet, const std::optional<Tensor>& positions,
+                                           int64_t law, const std::vector<double>& law_parameters, int64_t form,
                                            bool inverse) {
   Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)}, compute_type(x));
   std::vector<Chunk> chunks;
   auto a = affine_arguments(x, shift, scale, positions, chunks, law, law_parameters, form, inverse);
   std::optional<Tensor> running;
   if (logdet.has_value()) {
-    STD_TORCH_CHECK(
-        logdet->scalar_type() == compute_type(x) && logdet->dim() == 1 && logdet->size(0) == x.size(0),
-        "logdet must have one number per row, in the type that is calculated in");
+    STD_TORCH_CHECK(logdet->scalar_type() == compute_type(x) && logdet->dim() == 1 && logdet->size(0) == x.size(0),
+                    "logdet must have one number per row, in the type that is calculated in");
     running = as_contiguous(*logdet);
     a.logdet_in = running->const_data_ptr();
   }
@@ -145,10 +141,11 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift,
   return {y, total};
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
-    const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x, const Tensor& shift,
-    const Tensor& scale, const std::optional<Tensor>& positions, int64_t law,
-    const std::vector<double>& law_parameters, int64_t form, bool inverse, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y, const Tensor& grad_logdet,
+                                                            const Tensor& x, const Tensor& shift, const Tensor& scale,
+                                                            const std::optional<Tensor>& positions, int64_t law,
+                                                            const std::vector<double>& law_parameters, int64_t form,
+                                                            bool inverse, int64_t needs) {
   const int64_t n = x.size(0);
   Tensor grad_x = new_empty(x, {n, needs & kNeedsX ? x.size(1) : 0});
   Tensor grad_shift = new_empty(shift, {n, needs & kNeedsShift ? shift.size(1) : 0});

@@ -63,8 +63,7 @@ __attribute__((noinline)) void gather_chunk(T* to, const Rows& rows, int64_t r, 
 }
 
 template <class T>
-__attribute__((noinline)) void scatter_chunk(const Rows& rows, int64_t r, const int32_t* lane,
-                                             const T* from) {
+__attribute__((noinline)) void scatter_chunk(const Rows& rows, int64_t r, const int32_t* lane, const T* from) {
   FK_WITH_STORAGE(rows.storage, scatter_as, rows.at(r, 0), rows.column, lane, from);
 }
 
@@ -190,8 +189,7 @@ void affine_backward_rows(const AffineArguments& a, const LawParameters<T>& law,
         load_chunk(u, a.scale, r, p, n);
       }
       _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) {
-        const AffineGradient<T> g =
-            affine_backward<L, F, Inverse>(gy[i], grad_logdet[r], x[i], shift[i], u[i], law);
+        const AffineGradient<T> g = affine_backward<L, F, Inverse>(gy[i], grad_logdet[r], x[i], shift[i], u[i], law);
         gx[i] = g.x;
         gshift[i] = g.shift;
         gu[i] = g.u;

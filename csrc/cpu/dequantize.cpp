@@ -1,4 +1,5 @@
-// dequantize on the CPU: noise is drawn into the cache, added, squashed by a logit, and its log-det summed, in one pass.
+// dequantize on the CPU: noise is drawn into the cache, added, squashed by a logit, and its log-det summed, in one
+// pass.
 #include "common/dequantize.h"
 
 #include "common/lanes.h"

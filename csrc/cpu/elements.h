@@ -10,7 +10,8 @@ namespace fk {
 
 inline constexpr int kElementLanes = 16;
 
-// x and its like are (rows, features), parameters (rows, features, count); strides in elements, element e is row e / features.
+// x and its like are (rows, features), parameters (rows, features, count); strides in elements, element e is row e /
+// features.
 template <class T>
 struct ElementView {
   T* data = nullptr;

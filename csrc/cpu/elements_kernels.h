@@ -41,7 +41,8 @@ void load_parameters(T* to, const ElementView<const T>& from, const ElementLanes
     // The last block overlaps the one before where count is no multiple of four.
     for (int64_t p = 0; p < count; p += 4) {
       const int64_t at = std::min<int64_t>(p, count - 4);
-      for (int i = 0; i < kElementLanes; i += 4) transpose_quad(source + i, at, to + at * kElementLanes + i, kElementLanes);
+      for (int i = 0; i < kElementLanes; i += 4)
+        transpose_quad(source + i, at, to + at * kElementLanes + i, kElementLanes);
     }
     return;
   }

@@ -1,5 +1,6 @@
-// A number that changes when the contents of tensors change. Autograd's version counters miss too much: `p.data`, NumPy, and
-// fused optimizers write without counting. Reading the weights once costs a fraction of a pass that multiplies by them.
+// A number that changes when the contents of tensors change. Autograd's version counters miss too much: `p.data`,
+// NumPy, and fused optimizers write without counting. Reading the weights once costs a fraction of a pass that
+// multiplies by them.
 #include "cpu/tensor.h"
 
 #define FK_KERNELS "cpu/fingerprint_kernels.h"

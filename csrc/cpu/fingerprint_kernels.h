@@ -4,8 +4,8 @@ namespace fk::FK_ISA {
 // Many independent chains, so that the multiplications wait for memory and not for each other.
 inline constexpr int kChains = 32;
 
-// h <- (h ^ word) * odd: for every word a bijection of h, so a change of any one word changes the result for certain, and
-// changes of several cancel with probability 2^-64.
+// h <- (h ^ word) * odd: for every word a bijection of h, so a change of any one word changes the result for certain,
+// and changes of several cancel with probability 2^-64.
 inline uint64_t fingerprint_chunk(const unsigned char* bytes, int64_t size) {
   constexpr uint64_t odd = 0x9E3779B97F4A7C15u;
   uint64_t chain[kChains];

@@ -4,8 +4,9 @@
 //     #define FK_KERNELS "cpu/affine_coupling_kernels.h"
 //     #include "cpu/foreach_isa.h"
 // and the kernels file puts its code into namespace fk::FK_ISA. Then FK_BEST(f)(args...) calls fk::avx512::f,
-// fk::avx2::f or fk::baseline::f. The kernels file must include nothing: everything it needs is included here or before,
-// outside the target pragmas, so that no inline function of a standard header is compiled for the wrong machine.
+// fk::avx2::f or fk::baseline::f. The kernels file must include nothing: everything it needs is included here or
+// before, outside the target pragmas, so that no inline function of a standard header is compiled for the wrong
+// machine.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,7 +20,8 @@
 #include "cpu/isa.h"
 
 #if defined(__clang__)
-#define FK_TARGET_PUSH(features) _Pragma(FK_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define FK_TARGET_PUSH(features) \
+  _Pragma(FK_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
 #define FK_TARGET_POP _Pragma("clang attribute pop")
 #else
 #define FK_TARGET_PUSH(features) _Pragma("GCC push_options") _Pragma(FK_STRING(GCC target(features)))
@@ -50,7 +52,7 @@ FK_TARGET_PUSH("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,bmi2,prefer-vector-w
 #undef FK_VECTOR_BYTES
 FK_TARGET_POP
 
-#define FK_BEST(...)                                                       \
+#define FK_BEST(...)                                                        \
   (::fk::isa_level() == ::fk::IsaLevel::avx512 ? &::fk::avx512::__VA_ARGS__ \
    : ::fk::isa_level() == ::fk::IsaLevel::avx2 ? &::fk::avx2::__VA_ARGS__   \
                                                : &::fk::baseline::__VA_ARGS__)

@@ -33,9 +33,12 @@ inline IsaLevel isa_level() {
 
 inline const char* isa_name() {
   switch (isa_level()) {
-    case IsaLevel::avx512: return "avx512";
-    case IsaLevel::avx2: return "avx2";
-    default: return "baseline";
+    case IsaLevel::avx512:
+      return "avx512";
+    case IsaLevel::avx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 

@@ -86,9 +86,8 @@ std::tuple<Tensor, Tensor> logistic_mixture_backward(const Tensor& grad_y, const
     a.grad_x = mutable_element_view<T>(grad_x);
     a.grad_parameters = mutable_element_view<T>(grad_parameters);
     if (a.features == 0) return;
-    torch::stable::parallel_for(0, x.size(0), mixture_grain(x, parameters, false), [&](int64_t begin, int64_t end) {
-      FK_BEST(logistic_mixture<T, true>)(a, begin, end);
-    });
+    torch::stable::parallel_for(0, x.size(0), mixture_grain(x, parameters, false),
+                                [&](int64_t begin, int64_t end) { FK_BEST(logistic_mixture<T, true>)(a, begin, end); });
   });
   return {grad_x, grad_parameters};
 }

@@ -1,4 +1,5 @@
-// Kernels of logistic_mixture for one instruction set; included by foreach_isa.h, includes nothing but what is made for that.
+// Kernels of logistic_mixture for one instruction set; included by foreach_isa.h, includes nothing but what is made for
+// that.
 #include "cpu/elements_kernels.h"
 
 namespace fk::FK_ISA {

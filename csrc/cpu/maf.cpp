@@ -11,7 +11,9 @@ namespace fk {
 inline const int64_t* table_data(const Tensor& table) { return static_cast<const int64_t*>(table.const_data_ptr()); }
 
 // Tiles per thread below which a second thread does not pay: about 20 microseconds of multiply-adds.
-inline int64_t tile_grain(const Net& net) { return std::max<int64_t>(1, 1000000 / (net.packed_size * kLanes / 16 + 1)); }
+inline int64_t tile_grain(const Net& net) {
+  return std::max<int64_t>(1, 1000000 / (net.packed_size * kLanes / 16 + 1));
+}
 
 template <class F>
 void parallel_tiles(int64_t samples, const Net& net, F&& f) {
@@ -65,8 +67,8 @@ Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>
   return packed;
 }
 
-// A chain of transforms, every tile through all of them: (y, logdet, saved). What the transforms keep lies one after the other
-// in `saved`.
+// A chain of transforms, every tile through all of them: (y, logdet, saved). What the transforms keep lies one after
+// the other in `saved`.
 std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor>& contexts,
                                        const std::vector<Tensor>& packed, const std::vector<Tensor>& tables,
                                        const std::vector<int64_t>& codes, const std::vector<double>& numbers) {
@@ -80,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor
     nets.push_back(read_net(table_data(tables[t])));
     kepts.push_back(kept_of(nets[t], samples, codes[t * kCodes + 2]));
     const int64_t wanted = codes[t * kCodes + 3];
-    STD_TORCH_CHECK(wanted == 0 || wanted == kepts[t].rows, "saved rows must be 0 or ", kepts[t].rows, ", got ", wanted);
+    STD_TORCH_CHECK(wanted == 0 || wanted == kepts[t].rows, "saved rows must be 0 or ", kepts[t].rows, ", got ",
+                    wanted);
     rows += wanted;
     STD_TORCH_CHECK(packed[t].scalar_type() == in.scalar_type() && packed[t].numel() == nets[t].packed_size,
                     "packed weights do not fit the input and the plan of transform ", t);
@@ -150,8 +153,8 @@ void parameter_gradients(const MafCall<T>& call, const std::vector<Tensor>& mask
         depth = std::max(depth, layer.panel[p].depth);
       }
     T* bias = out + masks[l].numel();
-    gradients.push_back({layer.rows, b < 0 ? back.input_perm : back.layer[b].perm, net.column_perm(l),
-                         depths[l].data(), call.grads + (b < 0 ? 0 : call.kept_back.output[b]) * call.kept_back.stride,
+    gradients.push_back({layer.rows, b < 0 ? back.input_perm : back.layer[b].perm, net.column_perm(l), depths[l].data(),
+                         call.grads + (b < 0 ? 0 : call.kept_back.output[b]) * call.kept_back.stride,
                          call.saved_in + (l ? call.kept.output[l - 1] : 0) * call.kept.stride, call.kept.stride,
                          call.kept.stride, static_cast<const bool*>(masks[l].const_data_ptr()), nullptr,
                          layer.weight_columns, out, bias});
@@ -184,11 +187,11 @@ void context_gradient(const MafCall<T>& call, T* out) {
   }
 }
 
-// (grad_x, grad_contexts, grad_parameters) of a chain: contexts side by side, parameters one flat buffer, both in the order of
-// the transforms.
+// (grad_x, grad_contexts, grad_parameters) of a chain: contexts side by side, parameters one flat buffer, both in the
+// order of the transforms.
 std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& saved,
-                                                const std::vector<Tensor>& packed_back, const std::vector<Tensor>& masks,
-                                                const std::vector<Tensor>& tables,
+                                                const std::vector<Tensor>& packed_back,
+                                                const std::vector<Tensor>& masks, const std::vector<Tensor>& tables,
                                                 const std::vector<Tensor>& tables_back,
                                                 const std::vector<int64_t>& codes, const std::vector<double>& numbers,
                                                 const std::vector<int64_t>& context_widths, bool want_parameters) {

@@ -1,7 +1,8 @@
 // What the launch code of the autoregressive operators and their kernels share. No torch here.
 //
 // Samples are worked on in tiles of kLanes. Inside a tile every unit is a row of kLanes numbers, one per sample: layout
-// [row][lane]. SIMD runs across samples, and a thread takes whole tiles, so threads never meet and the result of a sample does not depend on its neighbours.
+// [row][lane]. SIMD runs across samples, and a thread takes whole tiles, so threads never meet and the result of a
+// sample does not depend on its neighbours.
 #pragma once
 #include "cpu/panels.h"
 #include "cpu/transform.h"
@@ -10,8 +11,8 @@ namespace fk {
 
 static_assert(kTransformLanes == kLanes);
 
-// Where rows are kept for the backward pass: first the inputs, then per layer the outputs (and pre-activations where the slope
-// needs them). Every section begins with a new chunk of kLanes rows; a chunk holds [sample][row].
+// Where rows are kept for the backward pass: first the inputs, then per layer the outputs (and pre-activations where
+// the slope needs them). Every section begins with a new chunk of kLanes rows; a chunk holds [sample][row].
 struct Kept {
   int64_t output[kMaxLayers];  // first row of the layer's output
   int64_t slope[kMaxLayers];   // first row of what the slope is computed from

@@ -32,8 +32,8 @@ template <Law L, Form F, bool Inverse, class T>
 void affine_lanes_backward(const T* grad_y, const T* grad_logdet, const T* x, const T* parameters, T* grad_x,
                            T* grad_parameters, const Transform<T>& t) {
   for (int i = 0; i < kLanes; ++i) {
-    const AffineGradient<T> g = affine_backward<L, F, Inverse>(grad_y[i], grad_logdet[i], x[i], parameters[i],
-                                                              parameters[kLanes + i], t.law);
+    const AffineGradient<T> g =
+        affine_backward<L, F, Inverse>(grad_y[i], grad_logdet[i], x[i], parameters[i], parameters[kLanes + i], t.law);
     grad_x[i] = g.x;
     grad_parameters[i] = g.shift;
     grad_parameters[kLanes + i] = g.u;
@@ -144,16 +144,14 @@ struct ForwardStage {
   }
 };
 
-// Backwards: gradient of the output = product, of the pre-activation = slope times that, plus the residual's. `held` is what
-// the forward pass has kept of this tile, as rows of lanes.
+// Backwards: gradient of the output = product, of the pre-activation = slope times that, plus the residual's. `held` is
+// what the forward pass has kept of this tile, as rows of lanes.
 template <class T>
 struct BackwardStage {
   const MafCall<T>& call;
   T* held;
 
-  void load(const Tile<T>& tile) const {
-    load_rows(held, call.kept.rows, call.saved_in, call.kept.stride, tile.first);
-  }
+  void load(const Tile<T>& tile) const { load_rows(held, call.kept.rows, call.saved_in, call.kept.stride, tile.first); }
 
   const T* held_input(int64_t feature) const { return held + feature * kLanes; }
   const T* held_noise(int64_t feature) const { return held + (call.kept.noise + feature) * kLanes; }
@@ -204,9 +202,9 @@ void run_dense(Tile<T>& tile, const Stage& stage) {
   }
 }
 
-// The sweep, the sampling direction: at each step the output rows of that step become final, `step(row0, row1, s)` turns them
-// into input rows, and those make more hidden units final. What earlier blocks of steps contribute is one product per layer
-// and block; only the rest inside a block goes step by step.
+// The sweep, the sampling direction: at each step the output rows of that step become final, `step(row0, row1, s)`
+// turns them into input rows, and those make more hidden units final. What earlier blocks of steps contribute is one
+// product per layer and block; only the rest inside a block goes step by step.
 template <class T, class Stage, class Step>
 void run_sweep(Tile<T>& tile, const Stage& stage, const Step& step) {
   const Net& net = tile.net;
@@ -242,7 +240,8 @@ void run_sweep(Tile<T>& tile, const Stage& stage, const Step& step) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The operators, tiles [begin, end). In the backward passes `input` is the gradient that comes in, `output` the one that goes out.
+// The operators, tiles [begin, end). In the backward passes `input` is the gradient that comes in, `output` the one
+// that goes out.
 
 template <class T>
 void for_each_tile(const MafCall<T>& call, int64_t begin, int64_t end, Tile<T>& tile, auto&& body) {
@@ -267,8 +266,7 @@ void maf_forward(const MafCall<T>& call, int64_t begin, int64_t end) {
     alignas(64) T logdet[kLanes] = {}, y[kLanes];
     if (!call.first) load_lanes(tile, logdet, call.logdet, 1);
     for (int64_t f = 0; f < features; ++f) {
-      call.transform.forward(tile.inputs + f * kLanes, theta + f * net.parameters * kLanes, y, logdet,
-                             call.transform);
+      call.transform.forward(tile.inputs + f * kLanes, theta + f * net.parameters * kLanes, y, logdet, call.transform);
       store_lanes(tile, call.output + net.input_perm[f], features, y);
     }
     store_lanes(tile, call.logdet, 1, logdet);
@@ -299,7 +297,8 @@ void maf_inverse(const MafCall<T>& call, int64_t begin, int64_t end) {
     store_lanes(tile, call.logdet, 1, logdet);
     stage.keep(tile);
     if (call.saved)
-      keep_rows(noise, features, tile.count, call.saved + call.kept.noise * call.kept.stride, call.kept.stride, tile.first);
+      keep_rows(noise, features, tile.count, call.saved + call.kept.noise * call.kept.stride, call.kept.stride,
+                tile.first);
   });
 }
 
@@ -371,8 +370,8 @@ void maf_inverse_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
         load_lanes(tile, grad_x, call.input + net.input_perm[f], features);
         const T* through = tile.output[tile.net.layers - 1] + r * kLanes;
         for (int i = 0; i < kLanes; ++i) grad_x[i] += through[i];
-        call.transform.backward(grad_x, grad_logdet, stage.held_noise(f), stage.held_parameters(f), grad_z, memory.grads,
-                                call.transform);
+        call.transform.backward(grad_x, grad_logdet, stage.held_noise(f), stage.held_parameters(f), grad_z,
+                                memory.grads, call.transform);
         store_reversed(tile.inputs + r * per * kLanes, per, memory.grads);
         store_lanes(tile, call.output + net.input_perm[f], features, grad_z);
       }

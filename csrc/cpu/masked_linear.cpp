@@ -1,6 +1,6 @@
-// masked_linear on the CPU. Inputs and outputs are sorted by degree, which makes every row's weights a prefix: panels of rows
-// are packed that deep and no deeper, no mask is formed. Packing costs one read of the weights, a product reads them once per
-// 16 samples.
+// masked_linear on the CPU. Inputs and outputs are sorted by degree, which makes every row's weights a prefix: panels
+// of rows are packed that deep and no deeper, no mask is formed. Packing costs one read of the weights, a product reads
+// them once per 16 samples.
 #include "cpu/panels.h"
 #include "cpu/tensor.h"
 
@@ -41,8 +41,8 @@ inline std::vector<int64_t> sorted_by(const int64_t* degrees, int64_t n, bool de
   return perm;
 }
 
-// Forward: rows are outputs, and output o needs the inputs of degree <= (<) its own. Transposed: rows are inputs, both sorted
-// the other way round, and input i needs the outputs of degree >= (>) its own.
+// Forward: rows are outputs, and output o needs the inputs of degree <= (<) its own. Transposed: rows are inputs, both
+// sorted the other way round, and input i needs the outputs of degree >= (>) its own.
 inline DegreePlan plan_degrees(const Tensor& in_degrees, const Tensor& out_degrees, bool strict, bool transposed,
                                int64_t activation) {
   const auto* in = static_cast<const int64_t*>(in_degrees.const_data_ptr());
@@ -96,9 +96,8 @@ void run_layer(const DegreePlan& plan, const Tensor& input, const Tensor& weight
   call.input = view<T>(input);
   call.output = mutable_view<T>(output);
   const int64_t grain = std::max<int64_t>(1, 1000000 / (plan.packed_size + 1));
-  torch::stable::parallel_for(0, (call.samples + kLanes - 1) / kLanes, grain, [&](int64_t begin, int64_t end) {
-    FK_BEST(masked_linear<T>)(call, begin, end);
-  });
+  torch::stable::parallel_for(0, (call.samples + kLanes - 1) / kLanes, grain,
+                              [&](int64_t begin, int64_t end) { FK_BEST(masked_linear<T>)(call, begin, end); });
 }
 
 Tensor masked_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& in_degrees,
@@ -151,8 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward(const Tensor& grad, co
     // Chunks differ in depth: folding their order gives every thread its share of both kinds.
     const int64_t grain = std::max<int64_t>(1, 1000000 / (inputs * samples + 1));
     torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        FK_BEST(weight_gradient<T>)(w, i % 2 ? chunks - 1 - i / 2 : i / 2);
+      for (int64_t i = begin; i < end; ++i) FK_BEST(weight_gradient<T>)(w, i % 2 ? chunks - 1 - i / 2 : i / 2);
     });
   });
   return {grad_x, grad_weight, grad_bias};

@@ -22,8 +22,7 @@ void masked_linear(const MaskedLinearCall<T>& call, int64_t begin, int64_t end) 
     for (int64_t p = 0; p < layer.panels; ++p) {
       const Panel& panel = layer.panel[p];
       for (int64_t r = 0; r < panel.rows; ++r)
-        for (int i = 0; i < kLanes; ++i)
-          rows[r * kLanes + i] = call.bias ? call.bias[layer.perm[panel.row + r]] : T(0);
+        for (int i = 0; i < kLanes; ++i) rows[r * kLanes + i] = call.bias ? call.bias[layer.perm[panel.row + r]] : T(0);
       multiply_add_rows(rows, call.packed + panel.offset, panel.height, columns, panel.depth, panel.rows);
       act(rows, rows, panel.rows * kLanes);
       for (int64_t r = 0; r < panel.rows; ++r)

@@ -1,5 +1,5 @@
-// Products of packed panels with rows of lanes, and products of rows of samples, for one instruction set. Part of kernels files:
-// included inside foreach_isa.h, includes nothing.
+// Products of packed panels with rows of lanes, and products of rows of samples, for one instruction set. Part of
+// kernels files: included inside foreach_isa.h, includes nothing.
 namespace fk::FK_ISA {
 
 template <class T>
@@ -106,8 +106,8 @@ SlopeFunction<T> slope_function(int64_t a) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What is kept for the backward pass lies in chunks of kLanes rows, [chunk][sample][row], so that the gradient of a weight,
-// a sum over samples, is the same product again: columns are samples, "weights" are gradients.
+// What is kept for the backward pass lies in chunks of kLanes rows, [chunk][sample][row], so that the gradient of a
+// weight, a sum over samples, is the same product again: columns are samples, "weights" are gradients.
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -150,8 +150,8 @@ FK_INLINE void transpose_block(const T* from, T* to) {
     for (int j = 0; j < kLanes; ++j) to[j * kLanes + i] = from[i * kLanes + j];
 }
 
-// `rows` rows of lanes of one tile into their chunks. Rows that fill up the last chunk and lanes beyond the last sample are
-// written as zero: sums over samples run over whole tiles.
+// `rows` rows of lanes of one tile into their chunks. Rows that fill up the last chunk and lanes beyond the last sample
+// are written as zero: sums over samples run over whole tiles.
 template <class T>
 void keep_rows(const T* rows, int64_t count, int64_t samples, T* kept, int64_t stride, int64_t first) {
   alignas(64) T block[kLanes * kLanes];
@@ -160,8 +160,7 @@ void keep_rows(const T* rows, int64_t count, int64_t samples, T* kept, int64_t s
     const int64_t n = std::min<int64_t>(kLanes, count - r);
     if (n < kLanes || samples < kLanes) {
       for (int64_t i = 0; i < kLanes; ++i)
-        for (int64_t j = 0; j < kLanes; ++j)
-          block[i * kLanes + j] = i < n && j < samples ? from[i * kLanes + j] : T(0);
+        for (int64_t j = 0; j < kLanes; ++j) block[i * kLanes + j] = i < n && j < samples ? from[i * kLanes + j] : T(0);
       from = block;
     }
     transpose_block(from, kept + first * kLanes);

@@ -12,8 +12,8 @@ namespace fk {
 // Samples are worked on in tiles of this many: one AVX-512 register of float32.
 inline constexpr int kLanes = 16;
 
-// The gradient of one layer's weights: rows of gradients times rows of the outputs of the layer before, both kept in chunks
-// [chunk][sample][row].
+// The gradient of one layer's weights: rows of gradients times rows of the outputs of the layer before, both kept in
+// chunks [chunk][sample][row].
 template <class T>
 struct WeightGradient {
   int64_t rows;
@@ -22,7 +22,7 @@ struct WeightGradient {
   const int64_t* chunk_depth;  // columns that any row of a chunk has
   const T* g;
   const T* a;
-  int64_t stride, samples;  // samples per chunk, and how many of them count
+  int64_t stride, samples;   // samples per chunk, and how many of them count
   const bool* mask;          // of the user's weight, or null:
   const int64_t* row_depth;  // then row r has the columns [0, row_depth[r])
   int64_t weight_columns;
@@ -59,8 +59,8 @@ inline Scratch& scratch() {
   return s;
 }
 
-// The panels of one layer into packed memory. Entries that `exists(row, column, at)` denies are zero; `at` is the place of the
-// entry in the user's weight.
+// The panels of one layer into packed memory. Entries that `exists(row, column, at)` denies are zero; `at` is the place
+// of the entry in the user's weight.
 template <class T, class Exists>
 void pack_panels(const Layer& layer, const int64_t* column_perm, int64_t begin, int64_t end, const T* weight, T* packed,
                  const Exists& exists) {

@@ -15,8 +15,7 @@ namespace fk {
 
 inline RandomStream stream_of(const Tensor& seed, int64_t stream) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64");
-  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
-          static_cast<uint64_t>(stream)};
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), static_cast<uint64_t>(stream)};
 }
 
 }  // namespace fk

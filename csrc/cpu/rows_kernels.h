@@ -74,8 +74,7 @@ class ArgMax {
 
  public:
   FK_INLINE ArgMax() {
-    for (int v = 0; v < L::kVectors; ++v)
-      best_[v] = typename L::Vector{} - std::numeric_limits<T>::infinity();
+    for (int v = 0; v < L::kVectors; ++v) best_[v] = typename L::Vector{} - std::numeric_limits<T>::infinity();
   }
 
   // The elements first .. first + n - 1 of the row; `first` is a multiple of kLanes.

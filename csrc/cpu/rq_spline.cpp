@@ -65,9 +65,8 @@ std::tuple<Tensor, Tensor> rq_spline(const Tensor& x, const Tensor& parameters, 
     a.y = mutable_element_view<T>(y);
     a.logdet = static_cast<T*>(total.mutable_data_ptr());
     if (a.features == 0) return only_running<T>(running, total);
-    torch::stable::parallel_for(0, x.size(0), spline_grain(x, bins), [&](int64_t begin, int64_t end) {
-      FK_BEST(rq_spline<T>)(a, begin, end);
-    });
+    torch::stable::parallel_for(0, x.size(0), spline_grain(x, bins),
+                                [&](int64_t begin, int64_t end) { FK_BEST(rq_spline<T>)(a, begin, end); });
   });
   return {y, total};
 }
@@ -85,9 +84,8 @@ std::tuple<Tensor, Tensor> rq_spline_backward(const Tensor& grad_y, const Tensor
     a.grad_x = mutable_element_view<T>(grad_x);
     a.grad_parameters = mutable_element_view<T>(grad_parameters);
     if (a.features == 0) return;
-    torch::stable::parallel_for(0, x.size(0), spline_grain(x, bins), [&](int64_t begin, int64_t end) {
-      FK_BEST(rq_spline_backward<T>)(a, begin, end);
-    });
+    torch::stable::parallel_for(0, x.size(0), spline_grain(x, bins),
+                                [&](int64_t begin, int64_t end) { FK_BEST(rq_spline_backward<T>)(a, begin, end); });
   });
   return {grad_x, grad_parameters};
 }

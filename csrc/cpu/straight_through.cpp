@@ -36,15 +36,12 @@ Tensor straight_through(const Tensor& x, const std::optional<Tensor>& seed, int6
     a.categorical = kind == 1;
     a.threshold = static_cast<T>(threshold);
     a.y = mutable_view<T>(y);
-    torch::stable::parallel_for(0, rows, grain_for(classes), [&](int64_t begin, int64_t end) {
-      FK_BEST(straight_through<T>)(a, begin, end);
-    });
+    torch::stable::parallel_for(0, rows, grain_for(classes),
+                                [&](int64_t begin, int64_t end) { FK_BEST(straight_through<T>)(a, begin, end); });
   });
   return y;
 }
 
 }  // namespace fk
 
-STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) {
-  m.impl("straight_through", TORCH_BOX(&fk::straight_through));
-}
+STABLE_TORCH_LIBRARY_IMPL(flowkernels, CPU, m) { m.impl("straight_through", TORCH_BOX(&fk::straight_through)); }

@@ -21,7 +21,8 @@ struct Transform {
   SplineOptions<T> spline{};
 };
 
-// flowkernels/transforms.py numbers the transforms of an autoregressive layer: the scale laws, then the styles of splines.
+// flowkernels/transforms.py numbers the transforms of an autoregressive layer: the scale laws, then the styles of
+// splines.
 inline bool is_spline(int64_t code) { return code >= static_cast<int64_t>(Law::count); }
 
 // Makes a spline of the transform (rq_spline.cpp).

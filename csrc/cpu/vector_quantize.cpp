@@ -61,9 +61,8 @@ void search(QuantizeArguments<T> a, const Tensor& x, const Tensor& codebook, Ten
   a.packed = packed.panels.data();
   a.half_norm = packed.half_norm.data();
   a.index = static_cast<int64_t*>(index.mutable_data_ptr());
-  torch::stable::parallel_for(
-      0, x.size(0), std::max<int64_t>(kPanel, grain_for(a.features * a.codes)),
-      [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize<T>)(a, begin, end); });
+  torch::stable::parallel_for(0, x.size(0), std::max<int64_t>(kPanel, grain_for(a.features * a.codes)),
+                              [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize<T>)(a, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x, const Tensor& codebook) {
@@ -88,20 +87,16 @@ Tensor nearest_code(const Tensor& x, const Tensor& codebook) {
 // Sums over the samples of each code: one pass per 16 features, threads take features.
 template <class T>
 void sum_by_code(const QuantizeArguments<T>& a) {
-  torch::stable::parallel_for(
-      0, (a.features + 15) / 16, grain_for(16 * a.rows),
-      [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize_sums<T>)(a, begin, end); });
+  torch::stable::parallel_for(0, (a.features + 15) / 16, grain_for(16 * a.rows),
+                              [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize_sums<T>)(a, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_quantized, const Tensor& grad_loss,
-                                                    const Tensor& x, const Tensor& codebook,
-                                                    const Tensor& index, double commitment,
-                                                    double codebook_weight, bool for_codebook) {
+                                                    const Tensor& x, const Tensor& codebook, const Tensor& index,
+                                                    double commitment, double codebook_weight, bool for_codebook) {
   const int64_t rows = x.size(0), features = x.size(1), codes = codebook.size(0);
-  Tensor grad_x = new_output(x, {rows, features}),
-         grad_codebook = new_empty(x, {for_codebook ? codes : 0, features});
-  const Tensor dense = as_contiguous(codebook), loss = as_contiguous(grad_loss),
-               which = as_contiguous(index);
+  Tensor grad_x = new_output(x, {rows, features}), grad_codebook = new_empty(x, {for_codebook ? codes : 0, features});
+  const Tensor dense = as_contiguous(codebook), loss = as_contiguous(grad_loss), which = as_contiguous(index);
   dispatch_float(x, [&]<class T>() {
     QuantizeArguments<T> a;
     a.x = view<T>(x);
@@ -114,9 +109,8 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_quantized
     a.codes = codes;
     a.weight = static_cast<T>(commitment);
     a.quantized = static_cast<T*>(grad_x.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, grain_for(features), [&](int64_t begin, int64_t end) {
-      FK_BEST(vector_quantize_grad_x<T>)(a, begin, end);
-    });
+    torch::stable::parallel_for(0, rows, grain_for(features),
+                                [&](int64_t begin, int64_t end) { FK_BEST(vector_quantize_grad_x<T>)(a, begin, end); });
     if (for_codebook) {
       a.weight = static_cast<T>(codebook_weight);
       a.sums = static_cast<T*>(grad_codebook.mutable_data_ptr());

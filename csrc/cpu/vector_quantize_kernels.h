@@ -57,8 +57,7 @@ void vector_quantize(const QuantizeArguments<T>& a, int64_t begin, int64_t end) 
   std::vector<T> memory((a.features + 1) * S::kSamples);
   void* start = memory.data();
   std::size_t space = memory.size() * sizeof(T);
-  Vector* samples =
-      static_cast<Vector*>(std::align(sizeof(Vector), a.features * sizeof(Vector), start, space));
+  Vector* samples = static_cast<Vector*>(std::align(sizeof(Vector), a.features * sizeof(Vector), start, space));
   std::vector<T> scratch(a.features);
   T* transposed = reinterpret_cast<T*>(samples);
   for (int64_t first = begin; first < end; first += S::kSamples) {
@@ -101,8 +100,7 @@ void vector_quantize_sums(const QuantizeArguments<T>& a, int64_t begin, int64_t 
   for (int64_t block = begin; block < end; ++block) {
     const int64_t f = block * kLanes;
     const int n = static_cast<int>(std::min<int64_t>(kLanes, a.features - f));
-    for (int64_t k = 0; k < a.codes; ++k)
-      std::fill(a.sums + k * a.features + f, a.sums + k * a.features + f + n, T(0));
+    for (int64_t k = 0; k < a.codes; ++k) std::fill(a.sums + k * a.features + f, a.sums + k * a.features + f + n, T(0));
     for (int64_t r = 0; r < a.rows; ++r) {
       const int64_t k = a.index_in[r];
       T* sum = a.sums + k * a.features + f;

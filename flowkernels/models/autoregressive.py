@@ -22,7 +22,9 @@ def _orders(order: str | Sequence[Order], transforms: int) -> list[Order]:
             return ["reversed" if i % 2 else "natural" for i in range(transforms)]
         return [order] * transforms
     if len(order) != transforms:
-        raise ValueError(f"order must be a name or hold one order for each of {transforms} transforms, got {len(order)}")
+        raise ValueError(
+            f"order must be a name or hold one order for each of {transforms} transforms, got {len(order)}"
+        )
     return list(order)
 
 
@@ -41,13 +43,14 @@ class AutoregressiveFlow(Flow):
         layers = list(self.layers._modules.values())
         if inverse:
             layers.reverse()
-        return run_chain(x, [layer.step(context, inverse) for layer in layers])  # type: ignore[union-attr,operator]
+        return run_chain(x, [layer.step(context, inverse) for layer in layers])  # type: ignore[operator]
 
 
 class MAF(AutoregressiveFlow):
     """Masked autoregressive flow: each transform is ``z_i = sigma(x_<i) x_i + shift(x_<i)``.
 
-    Densities take one pass per transform; sampling is sequential, and exact, in one sweep (`flowkernels.ops.maf_inverse`).
+    Densities take one pass per transform; sampling is sequential, and exact, in one sweep
+    (`flowkernels.ops.maf_inverse`).
 
     Args:
         features: D. hidden_features: widths of each transform's MADE. transforms: how many.

@@ -67,9 +67,7 @@ class Flow(nn.Module):
         x, logdet = self.inverse(noise, rows)
         return x.reshape(*shape, self.features), (_log_normal(noise) - logdet).reshape(shape)
 
-    def _noise(
-        self, n: int, context: Tensor | None, seed: int | None
-    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    def _noise(self, n: int, context: Tensor | None, seed: int | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         """Noise (rows, D), the context of each row, and the shape that the rows come back in."""
         if not isinstance(n, int) or isinstance(n, bool):
             raise TypeError(f"n must be an integer, got {type(n).__name__}")
@@ -86,9 +84,7 @@ class Flow(nn.Module):
         generator = None
         if seed is not None:
             generator = torch.Generator(device=like.device).manual_seed(seed)
-        noise = torch.randn(
-            math.prod(shape), self.features, dtype=like.dtype, device=like.device, generator=generator
-        )
+        noise = torch.randn(math.prod(shape), self.features, dtype=like.dtype, device=like.device, generator=generator)
         return noise, rows, shape
 
     def _check_input(self, name: str, value: Any, context: Any) -> None:
@@ -99,10 +95,14 @@ class Flow(nn.Module):
         if context is not None or self.context_features:
             self._check_context(context)
             if context.shape[0] != value.shape[0]:
-                raise ValueError(f"context must have one row for each of {value.shape[0]} rows of {name}, got {context.shape[0]}")
+                raise ValueError(
+                    f"context must have one row for each of {value.shape[0]} rows of {name}, got {context.shape[0]}"
+                )
         like = self._like(value)
         if value.dtype != like.dtype:
-            raise TypeError(f"{name} has dtype {value.dtype}, but the flow's parameters have {like.dtype}: use one dtype")
+            raise TypeError(
+                f"{name} has dtype {value.dtype}, but the flow's parameters have {like.dtype}: use one dtype"
+            )
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}, but the flow is on {like.device}: use one device")
 
@@ -122,4 +122,5 @@ class Flow(nn.Module):
 
 
 def _log_normal(z: Tensor) -> Tensor:
-    return torch.linalg.vecdot(z, z).mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))
+    squares: Tensor = torch.linalg.vecdot(z, z)
+    return squares.mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))

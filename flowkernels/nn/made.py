@@ -16,8 +16,8 @@ from flowkernels.plan import ACTIVATIONS, Plan
 def input_degrees(features: int, order: str | Sequence[int] | Tensor) -> Tensor:
     """(D,) degrees 1..D: the place of each feature in the order.
 
-    `order` is ``"natural"``, ``"reversed"``, ``"random"`` (from torch's generator), or the features in the order in which they
-    are generated, a permutation of 0..D-1.
+    `order` is ``"natural"``, ``"reversed"``, ``"random"`` (from torch's generator), or the features in the order in
+    which they are generated, a permutation of 0..D-1.
     """
     if isinstance(order, str):
         if order == "natural":
@@ -38,24 +38,26 @@ def input_degrees(features: int, order: str | Sequence[int] | Tensor) -> Tensor:
 class MADE(nn.Module):
     r"""Masked autoencoder for distribution estimation: (N, D) features [and (N, K) context] to (N, D, P) parameters.
 
-    Hidden unit k of degree m(k) sees units of degree <= m(k), output i sees hidden units of degree < i; so output i depends on
-    the features before i in `order` alone.
+    Hidden unit k of degree m(k) sees units of degree <= m(k), output i sees hidden units of degree < i; so output i
+    depends on the features before i in `order` alone.
 
     Args:
         features: D.
         hidden_features: width of each hidden layer; with `residual`, of each residual block of two layers (all equal).
-        context_features: K, width of a conditioning input; its linear image is added to the first pre-activation (and, with
-            `residual`, to the first of every block).
+        context_features: K, width of a conditioning input; its linear image is added to the first pre-activation (and,
+            with `residual`, to the first of every block).
         params_per_feature: P.
         order: see `input_degrees`.
-        degrees: ``"sequential"`` (1, 2, ..., D-1, 1, ...), ``"random"``, or one sequence of integers in 0..D-1 per hidden layer.
-            With context, sequential and random degrees start from 0, so that the first feature sees the context too.
+        degrees: ``"sequential"`` (1, 2, ..., D-1, 1, ...), ``"random"``, or one sequence of integers in 0..D-1 per
+            hidden layer. With context, sequential and random degrees start from 0, so that the first feature sees the
+            context too.
         residual: pre-activation residual blocks, v + W2 act(W1 act(v)).
         activation: one of ``flowkernels.plan.ACTIVATIONS``.
         parameter_names: names of the P parameters, in their order.
 
     Raises:
-        ValueError: the argument, what it was and what it should be; degrees that let no information through are allowed.
+        ValueError: the argument, what it was and what it should be; degrees that let no information through are
+            allowed.
 
     Source: Germain et al. 2015, arXiv:1502.03509.
     """
@@ -84,10 +86,14 @@ class MADE(nn.Module):
         self.activation = activation
         self.residual = residual
         if parameter_names is None:
-            parameter_names = ("shift", "scale") if params_per_feature == 2 else tuple(map(str, range(params_per_feature)))
+            parameter_names = (
+                ("shift", "scale") if params_per_feature == 2 else tuple(map(str, range(params_per_feature)))
+            )
         self.parameter_names = tuple(parameter_names)
 
-        widths = [hidden_features[0]] + [h for h in hidden_features for _ in range(2)] if residual else [*hidden_features]
+        widths = (
+            [hidden_features[0]] + [h for h in hidden_features for _ in range(2)] if residual else [*hidden_features]
+        )
         self.register_buffer("in_degrees", input_degrees(features, order))
         layers = []
         previous = self.in_degrees
@@ -161,10 +167,11 @@ class MADE(nn.Module):
         joined = self.context_terms(context)
         indices = self._context_indices()
         layers = self._masked_layers()
-        terms = {}
+        terms: dict[int, Tensor] = {}
         if joined is not None:
             terms = dict(zip(indices, joined.split([layers[i].out_features for i in indices], dim=1), strict=True))
-        a, before = x, []
+        before: list[Tensor] = []
+        a = x
         for i, layer in enumerate(layers[:-1]):
             v = layer(a) + terms[i] if i in terms else layer(a)
             source = self.plan.residual[i]
@@ -189,7 +196,11 @@ def _plan_again(module: MADE, _: Any) -> None:
 def _check_sizes(
     features: int, hidden: tuple[int, ...], context: int, per: int, residual: bool, activation: str
 ) -> None:
-    for name, value, least in (("features", features, 1), ("context_features", context, 0), ("params_per_feature", per, 1)):
+    for name, value, least in (
+        ("features", features, 1),
+        ("context_features", context, 0),
+        ("params_per_feature", per, 1),
+    ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     for width in hidden:
@@ -227,7 +238,5 @@ def _hidden_degrees(
     if given.shape != (width,) or given.is_floating_point():
         raise ValueError(f"degrees[{layer}] must hold {width} integers, got {tuple(given.shape)} of {given.dtype}")
     if len(given) and (int(given.min()) < 0 or int(given.max()) >= max(features, 1)):
-        raise ValueError(
-            f"degrees[{layer}] must lie in 0..{features - 1}, got {int(given.min())}..{int(given.max())}"
-        )
+        raise ValueError(f"degrees[{layer}] must lie in 0..{features - 1}, got {int(given.min())}..{int(given.max())}")
     return given.long()

@@ -11,8 +11,8 @@ from flowkernels.ops.masked_linear import masked_linear
 class MaskedLinear(nn.Module):
     """``y = x (W M)^T + b`` with ``M[o, i] = in_degrees[i] <= out_degrees[o]``, ``<`` when `strict`.
 
-    The weight is dense, as in `torch.nn.Linear` and initialised like it; what the mask hides is never read and gets a zero
-    gradient. No mask is stored.
+    The weight is dense, as in `torch.nn.Linear` and initialised like it; what the mask hides is never read and gets a
+    zero gradient. No mask is stored.
 
     Args:
         in_degrees: (in_features,) integers. out_degrees: (out_features,) integers.

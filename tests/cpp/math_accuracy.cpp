@@ -26,11 +26,10 @@ namespace {
 using Loop = void (*)(const float*, float*, int);
 using Reference = long double (*)(long double);
 
-#define FK_LOOP(name)                                                                      \
-  __attribute__((noinline)) void loop_##name(const float* __restrict__ x,                  \
-                                             float* __restrict__ y, int blocks) {          \
-    for (int b = 0; b < blocks; ++b, x += 16, y += 16)                                     \
-      for (int i = 0; i < 16; ++i) y[i] = fk::math::name(x[i]);                            \
+#define FK_LOOP(name)                                                                                          \
+  __attribute__((noinline)) void loop_##name(const float* __restrict__ x, float* __restrict__ y, int blocks) { \
+    for (int b = 0; b < blocks; ++b, x += 16, y += 16)                                                         \
+      for (int i = 0; i < 16; ++i) y[i] = fk::math::name(x[i]);                                                \
   }
 
 FK_LOOP(exp)
@@ -47,24 +46,18 @@ FK_LOOP(erf)
 FK_LOOP(normal_cdf)
 
 long double ref_sigmoid(long double x) { return 1.0L / (1.0L + std::exp(-x)); }
-long double ref_softplus(long double x) {
-  return (x > 0 ? x : 0.0L) + std::log1p(std::exp(-std::fabs(x)));
-}
+long double ref_softplus(long double x) { return (x > 0 ? x : 0.0L) + std::log1p(std::exp(-std::fabs(x))); }
 long double ref_log_sigmoid(long double x) { return -ref_softplus(-x); }
-long double ref_log_softplus(long double x) {
-  return x < -60.0L ? x : std::log(ref_softplus(x));
-}
-long double ref_normal_cdf(long double x) {
-  return 0.5L * std::erfc(x * -0.707106781186547524400844362104849L);
-}
+long double ref_log_softplus(long double x) { return x < -60.0L ? x : std::log(ref_softplus(x)); }
+long double ref_normal_cdf(long double x) { return 0.5L * std::erfc(x * -0.707106781186547524400844362104849L); }
 
 struct Case {
   const char* name;
   Loop loop;
   Reference reference;
-  double bound;       // ulp
-  double lowest;      // smallest x tested for accuracy
-  bool absolute;      // error relative to max(|result|, 1)
+  double bound;   // ulp
+  double lowest;  // smallest x tested for accuracy
+  bool absolute;  // error relative to max(|result|, 1)
 };
 
 // Without fused multiply-add the normal distribution function rounds three more times.
@@ -101,8 +94,7 @@ bool same(float got, float want) {
 // Error of `got` in ulp; infinity where one of them is not finite and the other is.
 double ulp_error(float got, long double want, bool absolute) {
   const float rounded = static_cast<float>(want);
-  if (std::isnan(rounded) || std::isnan(got))
-    return std::isnan(rounded) && std::isnan(got) ? 0.0 : 1e30;
+  if (std::isnan(rounded) || std::isnan(got)) return std::isnan(rounded) && std::isnan(got) ? 0.0 : 1e30;
   if (std::isinf(rounded) || std::isinf(got)) return rounded == got ? 0.0 : 1e30;
   long double size = std::fabs(want);
   // A subnormal result may be 0.
@@ -145,8 +137,8 @@ bool check_accuracy(const Case& c, std::uint32_t stride) {
     }
   }
   const bool ok = worst <= c.bound;
-  std::printf("%-13s max %8.3f ulp at x = %-16.9g bound %.1f  %s\n", c.name, worst, worst_x,
-              c.bound, ok ? "ok" : "TOO LARGE");
+  std::printf("%-13s max %8.3f ulp at x = %-16.9g bound %.1f  %s\n", c.name, worst, worst_x, c.bound,
+              ok ? "ok" : "TOO LARGE");
   return ok;
 }
 
@@ -157,26 +149,63 @@ struct Special {
 
 bool check_specials() {
   const Special specials[] = {
-      {"exp", -kInf, 0.0f}, {"exp", kInf, kInf}, {"exp", 89.0f, kInf}, {"exp", 0.0f, 1.0f},
-      {"exp", -0.0f, 1.0f}, {"exp", 1e38f, kInf}, {"exp", -1e38f, 0.0f}, {"exp", 88.7228394f, kInf},
-      {"expm1", -kInf, -1.0f}, {"expm1", kInf, kInf}, {"expm1", 0.0f, 0.0f},
-      {"expm1", -0.0f, -0.0f}, {"expm1", 89.0f, kInf}, {"expm1", -1e38f, -1.0f},
-      {"log", 0.0f, -kInf}, {"log", -0.0f, -kInf}, {"log", -1.0f, kNaN}, {"log", kInf, kInf},
-      {"log", -kInf, kNaN}, {"log", 1.0f, 0.0f}, {"log", -1e-45f, kNaN},
-      {"log1p", -1.0f, -kInf}, {"log1p", -1.5f, kNaN}, {"log1p", kInf, kInf},
-      {"log1p", -kInf, kNaN}, {"log1p", 0.0f, 0.0f}, {"log1p", -0.0f, -0.0f},
+      {"exp", -kInf, 0.0f},
+      {"exp", kInf, kInf},
+      {"exp", 89.0f, kInf},
+      {"exp", 0.0f, 1.0f},
+      {"exp", -0.0f, 1.0f},
+      {"exp", 1e38f, kInf},
+      {"exp", -1e38f, 0.0f},
+      {"exp", 88.7228394f, kInf},
+      {"expm1", -kInf, -1.0f},
+      {"expm1", kInf, kInf},
+      {"expm1", 0.0f, 0.0f},
+      {"expm1", -0.0f, -0.0f},
+      {"expm1", 89.0f, kInf},
+      {"expm1", -1e38f, -1.0f},
+      {"log", 0.0f, -kInf},
+      {"log", -0.0f, -kInf},
+      {"log", -1.0f, kNaN},
+      {"log", kInf, kInf},
+      {"log", -kInf, kNaN},
+      {"log", 1.0f, 0.0f},
+      {"log", -1e-45f, kNaN},
+      {"log1p", -1.0f, -kInf},
+      {"log1p", -1.5f, kNaN},
+      {"log1p", kInf, kInf},
+      {"log1p", -kInf, kNaN},
+      {"log1p", 0.0f, 0.0f},
+      {"log1p", -0.0f, -0.0f},
       {"log1p", 1e-45f, 1e-45f},
-      {"sigmoid", -kInf, 0.0f}, {"sigmoid", kInf, 1.0f}, {"sigmoid", 0.0f, 0.5f},
-      {"softplus", -kInf, 0.0f}, {"softplus", kInf, kInf}, {"softplus", 50.0f, 50.0f},
+      {"sigmoid", -kInf, 0.0f},
+      {"sigmoid", kInf, 1.0f},
+      {"sigmoid", 0.0f, 0.5f},
+      {"softplus", -kInf, 0.0f},
+      {"softplus", kInf, kInf},
+      {"softplus", 50.0f, 50.0f},
       {"softplus", 3e38f, 3e38f},
-      {"log_sigmoid", -kInf, -kInf}, {"log_sigmoid", kInf, 0.0f},
-      {"log_sigmoid", -50.0f, -50.0f}, {"log_sigmoid", -3e38f, -3e38f},
-      {"log_softplus", -kInf, -kInf}, {"log_softplus", kInf, kInf},
-      {"log_softplus", -100.0f, -100.0f}, {"log_softplus", -3e38f, -3e38f},
-      {"tanh", -kInf, -1.0f}, {"tanh", kInf, 1.0f}, {"tanh", 0.0f, 0.0f}, {"tanh", -0.0f, -0.0f},
-      {"atan", -kInf, -1.57079633f}, {"atan", kInf, 1.57079633f}, {"atan", -0.0f, -0.0f},
-      {"erf", -kInf, -1.0f}, {"erf", kInf, 1.0f}, {"erf", -0.0f, -0.0f}, {"erf", 5.0f, 1.0f},
-      {"normal_cdf", -kInf, 0.0f}, {"normal_cdf", kInf, 1.0f}, {"normal_cdf", 0.0f, 0.5f},
+      {"log_sigmoid", -kInf, -kInf},
+      {"log_sigmoid", kInf, 0.0f},
+      {"log_sigmoid", -50.0f, -50.0f},
+      {"log_sigmoid", -3e38f, -3e38f},
+      {"log_softplus", -kInf, -kInf},
+      {"log_softplus", kInf, kInf},
+      {"log_softplus", -100.0f, -100.0f},
+      {"log_softplus", -3e38f, -3e38f},
+      {"tanh", -kInf, -1.0f},
+      {"tanh", kInf, 1.0f},
+      {"tanh", 0.0f, 0.0f},
+      {"tanh", -0.0f, -0.0f},
+      {"atan", -kInf, -1.57079633f},
+      {"atan", kInf, 1.57079633f},
+      {"atan", -0.0f, -0.0f},
+      {"erf", -kInf, -1.0f},
+      {"erf", kInf, 1.0f},
+      {"erf", -0.0f, -0.0f},
+      {"erf", 5.0f, 1.0f},
+      {"normal_cdf", -kInf, 0.0f},
+      {"normal_cdf", kInf, 1.0f},
+      {"normal_cdf", 0.0f, 0.5f},
   };
   const std::uint32_t nans[] = {0x7fc00000u, 0xffc00000u, 0x7fc12345u, 0x7fffffffu, 0xffffffffu};
   bool ok = true;
@@ -209,8 +238,7 @@ void time_all() {
     for (int round = 0; round < 20; ++round) {
       const auto start = std::chrono::steady_clock::now();
       for (int repeat = 0; repeat < 100; ++repeat) c.loop(x.data(), y.data(), kBlocks);
-      const std::chrono::duration<double, std::nano> spent =
-          std::chrono::steady_clock::now() - start;
+      const std::chrono::duration<double, std::nano> spent = std::chrono::steady_clock::now() - start;
       best = std::fmin(best, spent.count() / (100.0 * static_cast<double>(x.size())));
     }
     std::printf("%-13s %.3f ns per element\n", c.name, best);

@@ -32,9 +32,8 @@ def host_kernels() -> object:
     """torch.ops.flowkernels_cuda on CPU tensors: every .cu file built as host C++."""
     import shutil
 
-    import torch
-
     import build
+    import torch
 
     if torch.version.cuda is not None and torch.cuda.is_available():
         pytest.skip("this process may hold the real CUDA kernels: tests/gpu/test_on_device.py runs those")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 import build
+import pytest
 
 # Most registers that a kernel may take: 64 Ki registers over the threads of a block that have to be resident.
 REGISTERS = {"maf_kernel": 255, "": 128}

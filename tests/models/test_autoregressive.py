@@ -367,10 +367,18 @@ NAN = float("nan")
         (ValueError, r"context must have shape \(C, 2\), got \(4, 3\)", lambda: CONDITIONAL.sample(2, X)),
         (ValueError, r"context must have shape \([NC], 2\), got \(4, 3\)", lambda: CONDITIONAL.log_prob(X, X)),
         (ValueError, r"context must have shape \(C, 2\), got \(2,\)", lambda: CONDITIONAL.sample(2, C[0])),
-        (ValueError, r"context must have one row for each of 4 rows of x, got 3", lambda: CONDITIONAL.log_prob(X, C[:3])),
+        (
+            ValueError,
+            r"context must have one row for each of 4 rows of x, got 3",
+            lambda: CONDITIONAL.log_prob(X, C[:3]),
+        ),
         (TypeError, r"context must be a torch\.Tensor, got list", lambda: CONDITIONAL.sample(2, [[0.0, 0.0]])),
         (ValueError, r"transforms must be an integer >= 1, got 0", lambda: MAF(3, transforms=0)),
-        (ValueError, r"order must be a name or hold one order for each of 2 transforms, got 3", lambda: MAF(3, (4,), 2, order=["natural"] * 3)),
+        (
+            ValueError,
+            r"order must be a name or hold one order for each of 2 transforms, got 3",
+            lambda: MAF(3, (4,), 2, order=["natural"] * 3),
+        ),
         (ValueError, r"order must be natural, .*got 'up'", lambda: MAF(3, (4,), 2, order="up")),
         (ValueError, r"law must be one of .*got 'square'", lambda: MAF(3, (4,), law="square")),
         (ValueError, r"form must be exp or gate, got 'affine'", lambda: IAF(3, (4,), form="affine")),
@@ -378,7 +386,7 @@ NAN = float("nan")
         (ValueError, r"hidden_features must be positive", lambda: IAF(3, (4, -1))),
         (ValueError, r"activation must be one of", lambda: MAF(3, (4,), activation="swish")),
     ],
-)  # fmt: skip
+)
 def test_bad_input(error: type[Exception], message: str, call: Any) -> None:
     with pytest.raises(error, match=message):
         call()

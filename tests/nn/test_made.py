@@ -252,15 +252,31 @@ def test_masked_linear_layer(backend: str) -> None:
         (ValueError, r"context_features must be an integer >= 0, got -1", lambda: MADE(3, context_features=-1)),
         (ValueError, r"params_per_feature must be an integer >= 1, got 0", lambda: MADE(3, params_per_feature=0)),
         (ValueError, r"hidden_features must be positive integers, got \(8, 0\)", lambda: MADE(3, (8, 0))),
-        (ValueError, r"hidden_features of a residual network must be equal and at least one, got \(8, 7\)", lambda: MADE(3, (8, 7), residual=True)),
+        (
+            ValueError,
+            r"hidden_features of a residual network must be equal and at least one, got \(8, 7\)",
+            lambda: MADE(3, (8, 7), residual=True),
+        ),
         (ValueError, r"hidden_features of a residual network must be .*got \(\)", lambda: MADE(3, (), residual=True)),
         (ValueError, r"activation must be one of .*got 'swish'", lambda: MADE(3, activation="swish")),
-        (ValueError, r"order must be natural, reversed, random or a permutation, got 'up'", lambda: MADE(3, order="up")),
+        (
+            ValueError,
+            r"order must be natural, reversed, random or a permutation, got 'up'",
+            lambda: MADE(3, order="up"),
+        ),
         (ValueError, r"order must be a permutation of 0\.\.2, got \[0, 1, 1\]", lambda: MADE(3, order=[0, 1, 1])),
         (ValueError, r"order must be a permutation of 0\.\.2, got \[1, 2, 3\]", lambda: MADE(3, order=[1, 2, 3])),
         (ValueError, r"order must be a permutation of 0\.\.2, got \[0, 1\]", lambda: MADE(3, order=[0, 1])),
-        (ValueError, r"degrees must be sequential, random or a list of sequences, got 'all'", lambda: MADE(3, degrees="all")),
-        (ValueError, r"degrees must hold a sequence for each hidden layer, got 1", lambda: MADE(3, (2, 2), degrees=[[1, 2]])),
+        (
+            ValueError,
+            r"degrees must be sequential, random or a list of sequences, got 'all'",
+            lambda: MADE(3, degrees="all"),
+        ),
+        (
+            ValueError,
+            r"degrees must hold a sequence for each hidden layer, got 1",
+            lambda: MADE(3, (2, 2), degrees=[[1, 2]]),
+        ),
         (ValueError, r"degrees\[1\] must hold 2 integers", lambda: MADE(3, (2, 2), degrees=[[1, 2], [1]])),
         (ValueError, r"degrees\[0\] must hold 2 integers, .*float", lambda: MADE(3, (2,), degrees=[[1.0, 2.0]])),
         (ValueError, r"degrees\[0\] must lie in 0\.\.2, got 1\.\.3", lambda: MADE(3, (2,), degrees=[[1, 3]])),
@@ -268,9 +284,13 @@ def test_masked_linear_layer(backend: str) -> None:
         (ValueError, r"x must have shape \(N, 3\), got \(4, 2\)", lambda: MADE(3, (4,))(torch.zeros(4, 2))),
         (ValueError, r"context was given, but", lambda: MADE(3, (4,))(torch.zeros(4, 3), torch.zeros(4, 2))),
         (ValueError, r"context is missing: .*\(N, 2\)", lambda: MADE(3, (4,), context_features=2)(torch.zeros(4, 3))),
-        (ValueError, r"context must have shape \(N, 2\), got \(4, 3\)", lambda: MADE(3, (4,), context_features=2)(torch.zeros(4, 3), torch.zeros(4, 3))),
+        (
+            ValueError,
+            r"context must have shape \(N, 2\), got \(4, 3\)",
+            lambda: MADE(3, (4,), context_features=2)(torch.zeros(4, 3), torch.zeros(4, 3)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(error: type[Exception], message: str, call: Any) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -121,9 +121,7 @@ def test_a_mask_is_the_unmasked_transform_of_the_selected(mask: Any, backend: st
     x, shift, scale, running = inputs((5, FEATURES))
     features = selected(mask)
     y, logdet = affine_coupling(x, shift, scale, mask=mask, logdet=running)
-    part, part_logdet = affine_coupling(
-        x[:, features], shift[:, features], scale[:, features], logdet=running
-    )
+    part, part_logdet = affine_coupling(x[:, features], shift[:, features], scale[:, features], logdet=running)
     expected = x.clone()
     expected[:, features] = part
     torch.testing.assert_close(y, expected, rtol=1e-14, atol=0)
@@ -161,9 +159,7 @@ def test_parameters_broadcast(backend: str) -> None:
     whole = affine_coupling(x, shift[0, 0].expand(4, 3, 5), scale[:, :1].expand(4, 3, 5))
     testing.assert_same_bits(affine_coupling(x, shift[0, 0], scale[:, :1]), whole)
     scalar = torch.tensor(0.5, dtype=torch.float64)
-    testing.assert_same_bits(
-        affine_coupling(x, scalar, scalar), affine_coupling(x, scalar.expand(5), scalar.expand(5))
-    )
+    testing.assert_same_bits(affine_coupling(x, scalar, scalar), affine_coupling(x, scalar.expand(5), scalar.expand(5)))
     testing.assert_same_bits(
         affine_coupling(x, scalar, scalar, mask=[0, 2]),
         affine_coupling(x, scalar.expand(2), scalar.expand(2), mask=[0, 2]),
@@ -195,9 +191,7 @@ def test_only_the_gradients_that_are_needed() -> None:
 @every_transform
 def test_gradcheck(transform: dict[str, Any], backend: str) -> None:
     given = inputs((2, 3))
-    given[2] = (
-        given[2] / 2
-    )  # inside the clip law's bounds: outside, the gradient passed through is not the derivative
+    given[2] = given[2] / 2  # inside the clip law's bounds: outside, the gradient passed through is not the derivative
     testing.check_gradients(bound(**transform), given, second=True)
 
 
@@ -225,9 +219,7 @@ def test_laws_of_a_flow(transform: dict[str, Any], backend: str) -> None:
         def run(t: Tensor, inverse: bool, mask: Tensor | None = mask, p: Any = (shift, scale)) -> Any:
             return affine_coupling(t, *p, **{**transform, "inverse": inverse}, mask=mask)
 
-        testing.check_flow_laws(
-            lambda t: run(t, transform["inverse"]), lambda t: run(t, not transform["inverse"]), x
-        )
+        testing.check_flow_laws(lambda t: run(t, transform["inverse"]), lambda t: run(t, not transform["inverse"]), x)
 
 
 def test_running_logdet_is_added(backend: str) -> None:
@@ -275,9 +267,7 @@ def test_compile(compiler: str, backend: str) -> None:
     testing.check_compile(
         bound(mask=[3, 1]), [t[..., :2] if i in (1, 2) else t for i, t in enumerate(given)], backend=compiler
     )
-    testing.check_compile(
-        lambda x, t, u, m: affine_coupling(x, t, u, mask=m), [*given[:3], mask], backend=compiler
-    )
+    testing.check_compile(lambda x, t, u, m: affine_coupling(x, t, u, mask=m), [*given[:3], mask], backend=compiler)
 
 
 def test_compile_with_dynamic_shapes() -> None:
@@ -340,9 +330,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     given = inputs((300, 100), torch.float32)
     whole = affine_coupling(*given[:3])
     for i in (0, 1, 299):
-        testing.assert_same_bits(
-            affine_coupling(*(t[i : i + 1] for t in given[:3])), [t[i : i + 1] for t in whole]
-        )
+        testing.assert_same_bits(affine_coupling(*(t[i : i + 1] for t in given[:3])), [t[i : i + 1] for t in whole])
 
 
 def test_inputs_are_not_written_to(backend: str) -> None:
@@ -368,11 +356,7 @@ def test_extremes_match_the_reference(transform: dict[str, Any], dtype: torch.dt
         plain = affine_coupling(x, shift, scale, **transform)
         exact = affine_coupling(x.double(), shift.double(), scale.double(), **transform)
     # The kernels' exp has no subnormal results: there, infinity times sigma may be NaN instead of infinity.
-    sigma = (
-        ScaleLaw(transform["law"])(scale)[0]
-        if isinstance(transform["law"], str)
-        else transform["law"](scale)[0]
-    )
+    sigma = ScaleLaw(transform["law"])(scale)[0] if isinstance(transform["law"], str) else transform["law"](scale)[0]
     flushed = ((sigma > 0) & (sigma < torch.finfo(dtype).tiny)).squeeze(-1)
     for got, p, e in zip((y.squeeze(-1), logdet), plain, exact, strict=True):
         p, e = p.reshape(got.shape), e.reshape(got.shape)
@@ -382,15 +366,11 @@ def test_extremes_match_the_reference(transform: dict[str, Any], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["scale_shift", "shift_scale"])
-def test_large_log_sigma_gives_infinity_or_zero_never_nan(
-    form: str, dtype: torch.dtype, backend: str
-) -> None:
+def test_large_log_sigma_gives_infinity_or_zero_never_nan(form: str, dtype: torch.dtype, backend: str) -> None:
     for u in (50.0, -50.0, 100.0, -100.0, 1000.0, -1000.0):
         for inverse in (False, True):
             x = torch.tensor([[3.0]], dtype=dtype)
-            y, logdet = affine_coupling(
-                x, torch.zeros_like(x), torch.full_like(x, u), form=form, inverse=inverse
-            )
+            y, logdet = affine_coupling(x, torch.zeros_like(x), torch.full_like(x, u), form=form, inverse=inverse)
             grown = u * (-1 if inverse else 1)
             compute = torch.float64 if dtype == torch.float64 else torch.float32
             assert float(logdet) == grown
@@ -442,20 +422,14 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     mask = None
     width = features
     if features > 1 and draw(st.booleans()):
-        mask = draw(
-            st.lists(st.booleans(), min_size=features, max_size=features).filter(
-                lambda m: 0 < sum(m) < len(m)
-            )
-        )
+        mask = draw(st.lists(st.booleans(), min_size=features, max_size=features).filter(lambda m: 0 < sum(m) < len(m)))
         if draw(st.booleans()):
             mask = draw(st.permutations([i for i, m in enumerate(mask) if m]))
         if draw(st.booleans()):
             width = len(selected(mask))
     dtype = draw(st.sampled_from(testing.DTYPES))
     given = [
-        testing.random_tensor(
-            size, dtype, layout=draw(st.sampled_from(testing.LAYOUTS)), seed=draw(st.integers(0, 99))
-        )
+        testing.random_tensor(size, dtype, layout=draw(st.sampled_from(testing.LAYOUTS)), seed=draw(st.integers(0, 99)))
         for size in (shape, (*shape[:-1], width), (*shape[:-1], width))
     ]
     return given, {**draw(st.sampled_from(TRANSFORMS)), "mask": mask}
@@ -490,9 +464,7 @@ def test_any_call_is_undone_by_its_inverse(call: tuple[list[Tensor], dict[str, A
 )
 def test_image_masks(mask: Tensor) -> None:
     for width in (mask.numel(), int(mask.sum())):
-        testing.check_against_reference(
-            bound(mask=mask), inputs((3, mask.numel()), torch.float32, width=width)
-        )
+        testing.check_against_reference(bound(mask=mask), inputs((3, mask.numel()), torch.float32, width=width))
 
 
 def test_a_mask_changed_in_place_is_looked_at_again() -> None:

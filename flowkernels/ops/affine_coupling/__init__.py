@@ -75,12 +75,7 @@ def affine_coupling(
         raise ValueError(f"x must have at least one feature, its last dimension, got shape {tuple(shape)}")
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, value in (("shift", shift), ("scale", scale)):
-        if (
-            autocast
-            and isinstance(value, Tensor)
-            and value.dtype != torch.float64
-            and x.dtype != torch.float64
-        ):
+        if autocast and isinstance(value, Tensor) and value.dtype != torch.float64 and x.dtype != torch.float64:
             check_float_tensor(name, value)
             check_device(name, value, x)
         else:
@@ -123,15 +118,13 @@ def affine_coupling(
     if runs_reference(x, "affine_coupling"):
         y, total = reference.affine_coupling(*args)
     elif needs_grad(x, shift, scale, logdet):
-        y, total = AffineCoupling.apply(*args)  # type: ignore[no-untyped-call]
+        y, total = AffineCoupling.apply(*args)
     else:
         y, total = forward_op(*args)
     return (y, total) if flat else (y.reshape(shape), total.reshape(shape[:-1]))
 
 
-def _positions(
-    mask: Mask, features: int, shift: Tensor, scale: Tensor, device: torch.device
-) -> tuple[Tensor, int]:
+def _positions(mask: Mask, features: int, shift: Tensor, scale: Tensor, device: torch.device) -> tuple[Tensor, int]:
     """The mask as the operator reads it, and how many columns shift and scale have."""
     positions = positions_of(mask, features, device)
     widths = [t.shape[-1] if t.dim() else 1 for t in (shift, scale)]
@@ -139,9 +132,7 @@ def _positions(
     if width == 1 and positions.selected != 1:
         width = features
     for name, own in zip(("shift", "scale"), widths, strict=True):
-        if own not in (1, width) or (
-            positions.selected is not None and width not in (features, positions.selected)
-        ):
+        if own not in (1, width) or (positions.selected is not None and width not in (features, positions.selected)):
             count = "the number of transformed features" if positions.selected is None else positions.selected
             raise ValueError(
                 f"{name} has {own} columns; with this mask shift and scale need {features} (all features) or "

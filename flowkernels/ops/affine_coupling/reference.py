@@ -76,11 +76,7 @@ def affine_coupling_backward(
         x = torch.where(positions >= 0, x, 0.0)
     law_ = law_of_numbers(law, law_parameters)
     sigma, _ = law_(scale)
-    flow_x, _ = (
-        affine_coupling(x, shift, scale, None, None, law, law_parameters, form, True)
-        if inverse
-        else (x, None)
-    )
+    flow_x, _ = affine_coupling(x, shift, scale, None, None, law, law_parameters, form, True) if inverse else (x, None)
     w: Tensor
     dy_dshift: Tensor | float
     dx_dshift: Tensor | float
@@ -102,13 +98,10 @@ def affine_coupling_backward(
     if positions is not None:
         grad_x = torch.where(positions >= 0, grad_x, given[0].to(grad_x.dtype))
     gathered = (
-        gather(g, positions, t.shape[-1]).to(t.dtype)
-        for g, t in zip((grad_shift, grad_scale), given[2:], strict=True)
+        gather(g, positions, t.shape[-1]).to(t.dtype) for g, t in zip((grad_shift, grad_scale), given[2:], strict=True)
     )
     wanted = (needs & NEEDS_X, needs & NEEDS_SHIFT, needs & NEEDS_SCALE)
-    g0, g1, g2 = (
-        g if w else g.new_empty((g.shape[0], 0)) for g, w in zip((grad_x, *gathered), wanted, strict=True)
-    )
+    g0, g1, g2 = (g if w else g.new_empty((g.shape[0], 0)) for g, w in zip((grad_x, *gathered), wanted, strict=True))
     return g0, g1, g2
 
 

@@ -11,7 +11,7 @@ from flowkernels._autograd import reference_double_backward
 from flowkernels._library import operator, vmap_loop
 from flowkernels.ops.dequantize import reference
 
-forward_op = operator(
+forward_op: Any = operator(
     "dequantize(Tensor x, Tensor? noise, Tensor seed, int stream, int levels, bool logit, float margin, bool in_double)"
     " -> (Tensor, Tensor)",
     reference.dequantize,
@@ -33,7 +33,7 @@ class Dequantize(torch.autograd.Function):
         ctx.save_for_backward(x, noise, seed, output[0])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:
         x, noise, seed, y = ctx.saved_tensors
         _, levels, logit, margin, _ = ctx.options
         if torch.is_grad_enabled() and (grad_y.requires_grad or noise.requires_grad):
@@ -67,7 +67,7 @@ class DequantizeBackward(torch.autograd.Function):
         ctx.options = inputs[6:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         grad_y, grad_logdet, x, noise, seed = ctx.saved_tensors
         of_y, of_logdet, of_noise = reference_double_backward(
             lambda n: reference.dequantize(x, n, seed, *ctx.options), (noise,), (grad_y, grad_logdet), (grad,)

@@ -1,4 +1,4 @@
-"""gumbel_softmax in Triton. Noise is drawn where it is used; rows longer than a block are walked twice, drawing it again."""
+"""gumbel_softmax in Triton. Noise is drawn where it is used, and again: rows longer than a block are walked twice."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: T
     return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
 
 
-forward_op = operator(
+forward_op: Any = operator(
     f"logistic_mixture(Tensor x, Tensor parameters, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
     reference.logistic_mixture,
     vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 3, 1, None, None, None, None)),
     fake=_fake,
 )
-backward_op = operator(
+backward_op: Any = operator(
     f"logistic_mixture_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, {_OPTIONS})"
     " -> (Tensor, Tensor)",
     reference.logistic_mixture_backward,
@@ -52,7 +52,7 @@ class LogisticMixture(torch.autograd.Function):
         ctx.save_for_backward(x, output[0] if inverse else x, parameters)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:
         given, x, parameters = ctx.saved_tensors
         inputs = (grad_y, grad_logdet, x.detach(), parameters, given, *ctx.options)
         grads = backward_of(LogisticMixtureBackward, _backward, *inputs)

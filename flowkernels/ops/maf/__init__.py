@@ -37,11 +37,12 @@ def maf_forward(
     Args:
         x: (N, D), float64, float32, bfloat16 or float16; halves are calculated in float32.
         plan: the network's plan.
-        parameters: ``weight_0, bias_0, weight_1, bias_1, ...``: dense weights (out, in) and biases (out,); masked weights are
-            never used, and their gradient is zero.
-        context: (N, plan.context_width), the terms added to the pre-activations of the layers ``plan.context``, side by side.
-        law, form: see `affine_coupling`. An `RQSpline` in place of the law makes the transform a rational-quadratic spline; the
-            plan then has its ``parameter_names`` (`flowkernels.transforms.RQSpline`).
+        parameters: ``weight_0, bias_0, weight_1, bias_1, ...``: dense weights (out, in) and biases (out,); masked
+            weights are never used, and their gradient is zero.
+        context: (N, plan.context_width), the terms added to the pre-activations of the layers ``plan.context``, side by
+            side.
+        law, form: see `affine_coupling`. An `RQSpline` in place of the law makes the transform a rational-quadratic
+            spline; the plan then has its ``parameter_names`` (`flowkernels.transforms.RQSpline`).
 
     Returns:
         z (N, D) and logdet (N,) in nats, differentiable once with respect to x, context and every parameter.
@@ -65,11 +66,11 @@ def maf_inverse(
     law: str | ScaleLaw | RQSpline = "softplus",
     form: str = "scale_shift",
 ) -> tuple[Tensor, Tensor]:
-    r"""Sampling direction z -> x: the exact inverse of `maf_forward`, and its log-det (the negative of the forward one).
+    r"""Sampling direction z -> x: the exact inverse of `maf_forward`, and its log-det (minus the forward one).
 
-    Others run the whole network D times. Here every weight is used once: a hidden unit is calculated when the last feature that
-    it sees is known, features go block by block, and what earlier blocks contribute is one matrix product. The gradient is the
-    same sweep backwards and takes memory for one pass, not for D.
+    Others run the whole network D times. Here every weight is used once: a hidden unit is calculated when the last
+    feature that it sees is known, features go block by block, and what earlier blocks contribute is one matrix product.
+    The gradient is the same sweep backwards and takes memory for one pass, not for D.
 
     Arguments, returns and errors are those of `maf_forward`, with z (N, D) in place of x.
     """
@@ -90,7 +91,7 @@ class Step(NamedTuple):
 
 
 def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
-    """(y, logdet) of x (N, D) through all steps in one call: a tile of samples passes them all without leaving the cache.
+    """(y, logdet) of x (N, D) through all steps in one call: a tile of samples passes them all inside the cache.
 
     The models' way in. Arguments are taken as they are: `maf_forward` and `maf_inverse` check them first.
     """
@@ -101,9 +102,7 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
     if runs_reference(x, "maf"):
         return _reference_chain(x, steps)
     device = x.device
-    grad = torch.is_grad_enabled() and (
-        x.requires_grad or any(_step_needs_grad(step) for step in steps)
-    )
+    grad = torch.is_grad_enabled() and (x.requires_grad or any(_step_needs_grad(step) for step in steps))
     plans = [step.plan for step in steps]
     packed, packed_back = packed_weights(plans, [step.parameters for step in steps], backward=grad)
     tables, contexts = [], []
@@ -164,8 +163,8 @@ def _check(
         raise ValueError(f"{name} must have shape (N, {plan.features}), got {tuple(x.shape)}")
     if len(parameters) != 2 * len(plan.masks):
         raise ValueError(
-            f"parameters must hold {2 * len(plan.masks)} tensors, a weight and a bias for each of {len(plan.masks)} layers, "
-            f"got {len(parameters)}"
+            f"parameters must hold {2 * len(plan.masks)} tensors, a weight and a bias for each of "
+            f"{len(plan.masks)} layers, got {len(parameters)}"
         )
     for i, parameter in enumerate(parameters):
         mask = plan.masks[i // 2]
@@ -182,7 +181,9 @@ def _check(
         if torch.is_autocast_enabled(x.device.type) and isinstance(context, Tensor):
             context = context.to(x.dtype)  # a linear layer under autocast made it
         check_float_tensor("context", context, like=x, like_name=name)
-        check_shape("context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width")
+        check_shape(
+            "context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width"
+        )
     check_choice("form", form, FORMS)
     if isinstance(law, RQSpline):
         if form != "scale_shift":
@@ -196,4 +197,6 @@ def _check(
     if form == "gate" and law.name != "sigmoid":
         raise ValueError(f"form 'gate' needs law 'sigmoid', got {law.name!r}")
     if sorted(plan.parameters) != ["scale", "shift"]:
-        raise ValueError(f"plan must have the parameters shift and scale for an affine transform, got {plan.parameters}")
+        raise ValueError(
+            f"plan must have the parameters shift and scale for an affine transform, got {plan.parameters}"
+        )

@@ -1,7 +1,8 @@
 """Operators and gradients of autoregressive transforms, one or a chain of them in one call.
 
-Forward keeps the activations when a gradient is wanted. Backward runs each network transposed, with time reversed: densely for
-the density direction, as a sweep for the sampling direction. Both then form the weights' gradients from what they left.
+Forward keeps the activations when a gradient is wanted. Backward runs each network transposed, with time reversed:
+densely for the density direction, as a sweep for the sampling direction. Both then form the weights' gradients from
+what they left.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ CODES = 4  # numbers per transform in `codes`: law, form, inverse, saved rows
 
 
 def _compiled_only(*args: Any) -> Any:
-    raise NotImplementedError("the packed autoregressive operators exist as compiled kernels only; this device has none")
+    raise NotImplementedError(
+        "the packed autoregressive operators exist as compiled kernels only; this device has none"
+    )
 
 
 def _fake_pack(parameters: list[Tensor], masks: list[Tensor], table: Tensor, size: int) -> Tensor:
@@ -84,8 +87,8 @@ maf_op: Any = operator(
     fake=_fake_maf,
 )
 backward_op: Any = operator(
-    "maf_backward(Tensor grad_y, Tensor grad_logdet, Tensor saved, Tensor[] packed_back, Tensor[] masks, Tensor[] tables,"
-    " Tensor[] tables_back, int[] codes, float[] numbers, int[] context_widths, bool want_parameters)"
+    "maf_backward(Tensor grad_y, Tensor grad_logdet, Tensor saved, Tensor[] packed_back, Tensor[] masks,"
+    " Tensor[] tables, Tensor[] tables_back, int[] codes, float[] numbers, int[] context_widths, bool want_parameters)"
     " -> (Tensor, Tensor, Tensor)",
     _compiled_only,
     vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
@@ -122,7 +125,7 @@ class Maf(torch.autograd.Function):
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:
         saved, *kept = ctx.saved_tensors
         packed_back, inputs = kept[: ctx.steps], kept[ctx.steps :]
         needs = ctx.needs_input_grad[4 + ctx.context_count + ctx.fixed :]

@@ -10,7 +10,6 @@ from torch import Tensor
 from flowkernels.ops.maf.autograd import fingerprint_op, pack_op
 from flowkernels.plan import Plan
 
-
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -19,9 +18,9 @@ def packed_weights(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Each plan's weights in the order of its forward table and, if wanted, of its backward table (else an empty list).
 
-    On the CPU they are remembered together with a fingerprint of the contents that they were packed from, which is taken again
-    at every call: autograd's version counters would miss what ``p.data``, NumPy and fused optimizers write. Elsewhere, under
-    torch.compile and inside functorch transforms they are packed at every call.
+    On the CPU they are remembered together with a fingerprint of the contents that they were packed from, which is
+    taken again at every call: autograd's version counters would miss what ``p.data``, NumPy and fused optimizers write.
+    Elsewhere, under torch.compile and inside functorch transforms they are packed at every call.
     """
     directions = (False, True) if backward else (False,)
     if not _may_remember(parameters):

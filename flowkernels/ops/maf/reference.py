@@ -32,11 +32,12 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 
 def conditioner(x: Tensor, plan: Plan, parameters: Sequence[Tensor], context: Tensor | None) -> Tensor:
     """(N, D, P) the parameters of every feature's transform, from the features before it."""
-    terms = {}
+    terms: dict[int, Tensor] = {}
     if context is not None:
         widths = [plan.masks[i].shape[0] for i in plan.context]
         terms = dict(zip(plan.context, context.split(widths, dim=1), strict=True))
-    a, before = x, []
+    before: list[Tensor] = []
+    a = x
     for i, mask in enumerate(plan.masks_on(x.device)):
         v = F.linear(a, parameters[2 * i] * mask.to(parameters[2 * i]), parameters[2 * i + 1])
         if i in terms:

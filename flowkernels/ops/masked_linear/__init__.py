@@ -29,8 +29,8 @@ def masked_linear(
 ) -> Tensor:
     r"""``y = activation(x (W M)^T + b)`` with ``M[o, i] = in_degrees[i] <= out_degrees[o]`` (``<`` when `strict`).
 
-    Weights and units are sorted by degree, so that only the existing triangle is read and multiplied; what M hides is never
-    read, and its gradient is zero.
+    Weights and units are sorted by degree, so that only the existing triangle is read and multiplied; what M hides is
+    never read, and its gradient is zero.
 
     Args:
         x: (..., in), float64, float32, bfloat16 or float16; halves are calculated in float32.
@@ -39,8 +39,8 @@ def masked_linear(
         activation: one of ``flowkernels.plan.ACTIVATIONS`` or None.
 
     Returns:
-        y (..., out) in x's dtype, twice differentiable with respect to x, weight and bias. Under autocast x, weight and bias
-        are cast as for `torch.nn.functional.linear`.
+        y (..., out) in x's dtype, twice differentiable with respect to x, weight and bias. Under autocast x, weight and
+        bias are cast as for `torch.nn.functional.linear`.
 
     Raises:
         TypeError, ValueError: the argument, what it was and what it should be.
@@ -77,7 +77,9 @@ def _check(x: Any, weight: Any, bias: Any, in_degrees: Any, out_degrees: Any) ->
         if not isinstance(degrees, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(degrees).__name__}")
         if degrees.dim() != 1 or degrees.is_floating_point() or degrees.dtype == torch.bool:
-            raise ValueError(f"{name} must be a vector of integers, got {degrees.dtype} of shape {tuple(degrees.shape)}")
+            raise ValueError(
+                f"{name} must be a vector of integers, got {degrees.dtype} of shape {tuple(degrees.shape)}"
+            )
         if degrees.device != x.device:
             raise ValueError(f"{name} is on {degrees.device}, but x is on {x.device}: use one device")
     check_float_tensor("weight", weight, like=x)

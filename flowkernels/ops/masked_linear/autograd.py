@@ -53,7 +53,7 @@ class MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, in_degrees, out_degrees)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, in_degrees, out_degrees = ctx.saved_tensors
         want_x, want_weight, want_bias = ctx.needs_input_grad[:3]
         inputs = (grad, x, weight, in_degrees, out_degrees, ctx.strict, want_x, want_weight or want_bias)
@@ -97,9 +97,7 @@ class MaskedLinearBackward(torch.autograd.Function):
         grad, x, weight, in_degrees, out_degrees = ctx.saved_tensors
         wanted = (ctx.want_x, ctx.want_weight, ctx.want_weight)
         grads = reference_double_backward(
-            lambda x, weight, bias: (
-                reference.masked_linear(x, weight, bias, in_degrees, out_degrees, ctx.strict, 0),
-            ),
+            lambda x, weight, bias: (reference.masked_linear(x, weight, bias, in_degrees, out_degrees, ctx.strict, 0),),
             (x, weight, weight.new_zeros(len(out_degrees))),
             (grad,),
             [g if want else None for g, want in zip(grad_grads, wanted, strict=True)],

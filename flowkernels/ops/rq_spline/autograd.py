@@ -18,12 +18,12 @@ def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: T
     return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
 
 
-forward_op = operator(
+forward_op: Any = operator(
     f"rq_spline(Tensor x, Tensor parameters, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
     reference.rq_spline,
     vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 3, 1, None, None, None, None)),
 )
-backward_op = operator(
+backward_op: Any = operator(
     f"rq_spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, {_OPTIONS})"
     " -> (Tensor, Tensor)",
     reference.rq_spline_backward,
@@ -46,7 +46,7 @@ class RqSpline(torch.autograd.Function):
         ctx.save_for_backward(x, parameters)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:
         inputs = (grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options)
         grads = backward_of(RqSplineBackward, backward_op, *inputs)
         return *grads, grad_logdet if ctx.needs_input_grad[2] else None, None, None, None, None
