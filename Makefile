@@ -151,10 +151,11 @@ demo: $(READY) $(PEERS) ## fit a MAF to real images, sample it fast and naively,
 	$(say_missing)
 	@$(PY) -m flowkernels demo $(ARGS)
 
+# One process per core, each on one thread: most tests are too small for more. Tests of threads ask for theirs.
 test: $(READY) $(PEERS) ## run the tests
 	$(call require,pytest)
 	$(say_missing)
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(VENV),--numprocesses auto --dist worksteal) $(ARGS)
 
 bench: $(READY) $(PEERS) ## time every operator beside plain PyTorch and the peers
 	$(say_missing)

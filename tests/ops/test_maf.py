@@ -34,6 +34,7 @@ from flowkernels.ops.maf.autograd import backward_op, maf_op, pack_op
 from flowkernels.ops.maf.pack import packed_weights
 from flowkernels.plan import ACTIVATIONS
 from flowkernels.scales import FORMS, ScaleLaw, as_law
+from flowkernels.transforms import code_and_numbers
 
 PLANS = named_plans()
 ROWS = (0, 1, 2, 15, 16, 17, 100)
@@ -481,18 +482,18 @@ def test_opcheck(name: str, inverse: bool, rows: int) -> None:
     plan = PLANS[name]
     x, context, *parameters = inputs_of(plan, rows)
     tables, masks = plan.tables(x.device), plan.masks_on(x.device)
-    packed, back = packed_weights(plan, parameters), packed_weights(plan, parameters, backward=True)
-    law = as_law("softplus")
+    (packed,), (back,) = packed_weights([plan], [parameters], backward=True)
+    law, numbers = code_and_numbers(as_law("softplus"))
     contexts = [] if context is None else [context]
     for backward in (False, True):
         testing.check_opcheck(pack_op, [parameters, masks, tables[backward], plan.packed_sizes[backward]])
-    codes = [law.code, FORMS.index("scale_shift"), inverse, 0]
-    testing.check_opcheck(maf_op, [x, contexts, [packed], [tables[0]], codes, law.numbers])
+    codes = [law, FORMS.index("scale_shift"), inverse, 0]
+    testing.check_opcheck(maf_op, [x, contexts, [packed], [tables[0]], codes, numbers])
     codes[3] = plan.saved_rows[inverse]
-    y, logdet, saved = maf_op(x, contexts, [packed], [tables[0]], codes, law.numbers)
+    y, logdet, saved = maf_op(x, contexts, [packed], [tables[0]], codes, numbers)
     width = 0 if context is None else context.shape[1]
     for want in (False, True):
-        arguments = [y, logdet, saved, [back], masks, [tables[0]], [tables[1]], codes, law.numbers, [width], want]
+        arguments = [y, logdet, saved, [back], masks, [tables[0]], [tables[1]], codes, numbers, [width], want]
         testing.check_opcheck(backward_op, arguments)
 
 
