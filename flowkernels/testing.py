@@ -518,24 +518,56 @@ def check_compile(
     gradients: bool = True,
     backend: str = "inductor",
     dynamic: bool | None = None,
+    terms: int = 0,
 ) -> None:
     """torch.compile(fullgraph=True) gives what eager gives, outputs and gradients.
 
     Eager stands for plain in the 2x rule and for exact too, so a difference of about one rounding is let
-    through: what is around the operator may be fused in another way.
+    through: what is around the operator may be fused in another way. For sums of `terms` terms, which a compiler may
+    add in another order, that is one rounding of what is added up: see `_sum_magnitude`.
     """
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
     out, grads = _run(compiled, inputs, gradients)
     eager_out, eager_grads = _run(call, inputs, gradients)
-    assert_as_close_as_plain(out, eager_out, eager_out, name="compiled output")
-    assert_as_close_as_plain(grads, eager_grads, eager_grads, name="gradient of the compiled call's input")
+    assert_as_close_as_plain(
+        out, eager_out, eager_out, name="compiled output", magnitude=_sum_magnitude(eager_out, terms)
+    )
+    assert_as_close_as_plain(
+        grads,
+        eager_grads,
+        eager_grads,
+        name="gradient of the compiled call's input",
+        magnitude=_sum_magnitude(eager_grads, terms),
+    )
+
+
+def _sum_magnitude(outputs: Sequence[Tensor | None], terms: int) -> list[Tensor | None] | None:
+    """What the rounding of sums is measured by, None for no sums.
+
+    In another order of addition a sum moves by roundings of its partial sums, however small the result. Those grow as
+    the square root of the number of terms; the largest element stands for the size of all.
+    """
+    if not terms:
+        return None
+    return [
+        None if t is None or t.numel() == 0 else t.detach().abs().max().double().expand(t.shape) * terms**0.5
+        for t in outputs
+    ]
 
 
 def check_vmap(
-    call: Call, inputs: Sequence[Tensor | None], in_dims: Sequence[int | None], *, jacobian: bool = True
+    call: Call,
+    inputs: Sequence[Tensor | None],
+    in_dims: Sequence[int | None],
+    *,
+    jacobian: bool = True,
+    terms: int = 0,
 ) -> None:
-    """torch.func.vmap gives the stacked results of a loop; so does vmap of jacrev for every mapped input."""
+    """torch.func.vmap gives the stacked results of a loop; so does vmap of jacrev for every mapped input.
+
+    `terms` as for `check_compile`: a batched product may add in another order.
+    """
     size = next(t.shape[d] for t, d in zip(inputs, in_dims, strict=True) if t is not None and d is not None)
     slices = [
         [t.select(d, i) if t is not None and d is not None else t for t, d in zip(inputs, in_dims, strict=True)]
@@ -544,7 +576,9 @@ def check_vmap(
     mapped = torch.func.vmap(call, in_dims=tuple(in_dims))(*inputs)
     looped = [_tensors(call(*s)) for s in slices]
     stacked = [torch.stack(parts) for parts in zip(*looped, strict=True)]
-    assert_as_close_as_plain(_tensors(mapped), stacked, stacked, name="output under vmap")
+    assert_as_close_as_plain(
+        _tensors(mapped), stacked, stacked, name="output under vmap", magnitude=_sum_magnitude(stacked, terms)
+    )
     if not jacobian:
         return
     for i, (t, d) in enumerate(zip(inputs, in_dims, strict=True)):
@@ -561,7 +595,10 @@ def check_vmap(
 
                 rows.append(_jacobian(output, s[i]))
             each = torch.stack(rows)
-            assert_as_close_as_plain(part, each, each, name=f"vmap(jacrev) of output {o} by input {i}")
+            scale = _sum_magnitude([each], terms)
+            assert_as_close_as_plain(
+                [part], [each], [each], name=f"vmap(jacrev) of output {o} by input {i}", magnitude=scale
+            )
 
 
 def check_deterministic(call: Call, inputs: Sequence[Tensor | None], *, gradients: bool = True, runs: int = 2) -> None:

@@ -15,10 +15,16 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("block", BLOCKS[1:])
+def test_other_blocks_run(block: str) -> None:
+    if "nflows" in block:
+        pytest.importorskip("nflows")
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(BLOCKS[0], "README.md", "exec"), names)
     told = capsys.readouterr().out
     found = re.match(r"(-?[\d.]+) nats, samples differ by (\S+)\n", told)
     assert found, told

@@ -18,8 +18,9 @@ inline constexpr int kVectors = kLanes * sizeof(T) / FK_VECTOR_BYTES;  // regist
 template <class T>
 inline constexpr int kRows = FK_VECTOR_BYTES == 64 ? 16 / kVectors<T> : (8 / kVectors<T> > 0 ? 8 / kVectors<T> : 1);
 
-// Columns are summed in slices that are then added up: one long chain of additions would round off several times more.
-inline constexpr int64_t kSlice = 64;
+// Columns are summed in slices of this many that are then added up: one long chain of additions would round off several
+// times more than the sums of a matrix product elsewhere.
+inline constexpr int64_t kSlice = 16;
 
 template <int Rows, class T>
 void multiply_add(T* acc, const T* weight, int64_t height, const T* a, int64_t columns) {

@@ -32,8 +32,9 @@ def host_kernels() -> object:
     """torch.ops.flowkernels_cuda on CPU tensors: every .cu file built as host C++."""
     import shutil
 
-    import build
     import torch
+
+    import build
 
     if torch.version.cuda is not None and torch.cuda.is_available():
         pytest.skip("this process may hold the real CUDA kernels: tests/gpu/test_on_device.py runs those")

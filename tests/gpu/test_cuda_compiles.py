@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import build
 import pytest
+
+import build
 
 # Most registers that a kernel may take: 64 Ki registers over the threads of a block that have to be resident.
 REGISTERS = {"maf_kernel": 255, "": 128}

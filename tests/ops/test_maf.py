@@ -506,9 +506,9 @@ def test_compile(compiler: str, inverse: bool, backend: str) -> None:
         if given_inputs[1] is None:
             call = lambda x, *p, call=call: call(x, None, *p)  # noqa: E731
             given_inputs = [given_inputs[0], *given_inputs[2:]]
-        testing.check_compile(call, given_inputs, backend=compiler)
+        testing.check_compile(call, given_inputs, backend=compiler, terms=16)
         if compiler == "aot_eager":
-            testing.check_compile(call, given_inputs, backend=compiler, gradients=False)
+            testing.check_compile(call, given_inputs, backend=compiler, gradients=False, terms=16)
 
 
 @both_directions
