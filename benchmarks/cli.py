@@ -23,6 +23,9 @@ def _parser() -> argparse.ArgumentParser:
         "--op", action="append", default=[], metavar="NAME", help="only this operator or family; repeatable"
     )
     parser.add_argument(
+        "--case", action="append", default=[], metavar="TEXT", help="only cases whose name has this in it; repeatable"
+    )
+    parser.add_argument(
         "--peers", action="store_true", help="also time nflows, zuko, normflows, those that are installed"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: minutes, to see that everything works")
@@ -66,6 +69,8 @@ def _run_arguments(options: argparse.Namespace) -> list[str]:
     found = [flag for flag, given in (("--quick", options.quick), ("--peers", options.peers)) if given]
     for name in options.op:
         found += ["--op", name]
+    for text in options.case:
+        found += ["--case", text]
     for name in options.skip:
         found += ["--skip", name]
     return found + (["--seconds", str(options.seconds)] if options.seconds else [])
@@ -75,6 +80,10 @@ def _run(options: argparse.Namespace) -> int:
     from benchmarks import core, growth, machine, show, targets
 
     cases = core.all_cases(options.quick, options.op)
+    if options.case:
+        cases = [case for case in cases if any(text in case.id for text in options.case)]
+        if not cases:
+            raise ValueError(f"--case {' '.join(options.case)}: no case has this in its name; see --list")
     if options.list:
         print("\n".join(case.id for case in cases))
         return 0
