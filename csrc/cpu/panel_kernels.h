@@ -181,8 +181,12 @@ void weight_gradient(const WeightGradient<T>& w, int64_t chunk) {
   const int64_t r0 = chunk * kLanes, rows = std::min<int64_t>(kLanes, w.rows - r0);
   const T* g = w.g + chunk * w.stride * kLanes;
   alignas(64) T sum[kLanes * kLanes] = {};
-  for (int64_t s = 0; s < w.samples; ++s)
-    for (int i = 0; i < kLanes; ++i) sum[i] += g[s * kLanes + i];
+  for (int64_t begin = 0; begin < w.samples; begin += kSlice) {
+    T part[kLanes] = {};
+    for (int64_t s = begin; s < std::min(begin + kSlice, w.samples); ++s)
+      for (int i = 0; i < kLanes; ++i) part[i] += g[s * kLanes + i];
+    for (int i = 0; i < kLanes; ++i) sum[i] += part[i];
+  }
   for (int64_t r = 0; r < rows; ++r) w.bias[w.row_perm[r0 + r]] = sum[r];
   const int64_t depth = w.chunk_depth[chunk];
   for (int64_t k = 0; k < depth; k += kLanes) {
