@@ -50,7 +50,7 @@ struct Net {
 };
 
 inline Net read_net(const int64_t* table) {
-  Net net{};
+  Net net;
   net.steps = table[0];
   net.layers = table[1];
   net.blocks = table[2];

@@ -67,16 +67,19 @@ Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>
   return packed;
 }
 
-// A chain of transforms, every tile through all of them: (y, logdet, saved). What the transforms keep lies one after
-// the other in `saved`.
+// A chain of transforms, every tile through all of them: (y, logdet, saved); with `density`, log N(y; 0, I) is part of
+// logdet. What the transforms keep lies one after the other in `saved`.
 std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor>& contexts,
                                        const std::vector<Tensor>& packed, const std::vector<Tensor>& tables,
-                                       const std::vector<int64_t>& codes, const std::vector<double>& numbers) {
+                                       const std::vector<int64_t>& codes, const std::vector<double>& numbers,
+                                       bool density) {
   const int64_t samples = x.size(0), count = static_cast<int64_t>(tables.size());
   const Tensor in = as_contiguous(x);
   std::vector<Net> nets;
   std::vector<Kept> kepts;
   std::vector<Tensor> terms;
+  nets.reserve(count);  // a net is large: moving it costs as much as a small network's arithmetic
+  kepts.reserve(count);
   int64_t rows = 0;
   for (int64_t t = 0; t < count; ++t) {
     nets.push_back(read_net(table_data(tables[t])));
@@ -113,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> maf(const Tensor& x, const std::vector<Tensor
       call.input = t ? call.output : static_cast<const T*>(in.const_data_ptr());
       call.logdet = static_cast<T*>(logdet.mutable_data_ptr());
       call.first = t == 0;
+      call.density = density && t == count - 1;
       if (!contexts.empty() && nets[t].context_width) call.context = static_cast<const T*>(terms[t].const_data_ptr());
       call.kept = kepts[t];
       if (codes[t * kCodes + 3]) {
@@ -187,6 +191,15 @@ void context_gradient(const MafCall<T>& call, T* out) {
   }
 }
 
+// torch's own zeros would be touched by one thread, in small pages.
+inline Tensor zeros(const Tensor& like, int64_t count) {
+  Tensor out = new_empty(like, {count});
+  char* data = static_cast<char*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, count * static_cast<int64_t>(out.element_size()), 1 << 20,
+                              [&](int64_t begin, int64_t end) { std::memset(data + begin, 0, end - begin); });
+  return out;
+}
+
 // (grad_x, grad_contexts, grad_parameters) of a chain: contexts side by side, parameters one flat buffer, both in the
 // order of the transforms.
 std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& saved,
@@ -198,6 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_y, const Tens
   const int64_t samples = grad_y.size(0), count = static_cast<int64_t>(tables.size());
   const Tensor grad_out = as_contiguous(grad_y), grad_rows = as_contiguous(grad_logdet);
   std::vector<Net> nets, backs;
+  nets.reserve(count);
+  backs.reserve(count);
   int64_t parameters = 0, contexts = 0, most_rows = 0;
   for (int64_t t = 0; t < count; ++t) {
     nets.push_back(read_net(table_data(tables[t])));
@@ -208,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_y, const Tens
   for (const Tensor& mask : masks) parameters += mask.numel() + mask.size(0);
   Tensor grad_x = new_empty(grad_out, {samples, nets[0].features});
   Tensor grad_contexts = torch::stable::new_zeros(grad_out, std::vector<int64_t>{contexts});
-  Tensor grad_parameters = torch::stable::new_zeros(grad_out, std::vector<int64_t>{want_parameters ? parameters : 0});
+  Tensor grad_parameters = zeros(grad_out, want_parameters ? parameters : 0);
   Tensor grads = new_empty(grad_out, {most_rows, whole_chunks(samples)});
   dispatch_float(grad_out, [&]<class T>() {
     const T* kept = static_cast<const T*>(saved.const_data_ptr()) + saved.numel();
@@ -239,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_y, const Tens
       const std::vector<Tensor> own(masks.begin() + (mask_end - nets[t].layers), masks.begin() + mask_end);
       mask_end -= nets[t].layers;
       for (const Tensor& mask : own) parameter_end -= mask.numel() + mask.size(0);
-      if (want_parameters && samples) parameter_gradients<T>(call, own, parameter_end);
+      if (want_parameters) parameter_gradients<T>(call, own, parameter_end);
     }
   });
   return {grad_x, grad_contexts, grad_parameters};

@@ -42,6 +42,9 @@ inline Kept kept_of(const Net& net, int64_t samples, bool inverse) {
   return kept;
 }
 
+// Up to so many samples go through the net one by one.
+inline constexpr int64_t kOneByOne = 3;
+
 // One transform, forwards or backwards, on a batch.
 template <class T>
 struct MafCall {
@@ -59,6 +62,7 @@ struct MafCall {
   // (samples,); the log-det is added to what is there unless `first`.
   T* logdet = nullptr;
   bool first = true;
+  bool density = false;  // log N(output; 0, I) is added to the log-det
   const T* grad_logdet = nullptr;
   // (samples, context_width), contiguous, or null
   const T* context = nullptr;

@@ -76,6 +76,50 @@ void multiply_add_rows(T* acc, const T* weight, int64_t height, const T* a, int6
     if (rows > 0) multiply_add_rest<kRows<T> / 2>(acc, weight, height, a, columns, rows);
 }
 
+// The same for one sample, whose columns are single numbers: here SIMD runs across the rows of a panel. Rows [first,
+// first + rows) of the panel are wanted, the others are calculated along. Slices are summed side by side, to hide the
+// latency of their additions.
+template <int Height, class T>
+void multiply_add_one_panel(T* acc, const T* weight, const T* a, int64_t columns, int64_t first, int64_t rows) {
+  constexpr int kWidth = std::min<int>(Height & -Height, FK_VECTOR_BYTES / sizeof(T)), kParts = Height / kWidth;
+  constexpr int kSide = 8 / kParts > 0 ? 8 / kParts : 1;
+  typedef T Vector __attribute__((vector_size(kWidth * sizeof(T)), aligned(sizeof(T))));
+  T total[Height] = {};
+  for (int64_t r = 0; r < rows; ++r) total[first + r] = acc[r];
+  auto slices = [&]<int N>(std::integral_constant<int, N>, int64_t begin, int64_t length) {
+    Vector sum[N][kParts] = {};
+    for (int64_t k = begin; k < begin + length; ++k)
+      for (int s = 0; s < N; ++s) {
+        const int64_t column = k + s * kSlice;
+        for (int v = 0; v < kParts; ++v)
+          sum[s][v] += *reinterpret_cast<const Vector*>(weight + column * Height + v * kWidth) * a[column];
+      }
+    for (int s = 0; s < N; ++s)
+      for (int v = 0; v < kParts; ++v)
+        for (int i = 0; i < kWidth; ++i) total[v * kWidth + i] += sum[s][v][i];
+  };
+  int64_t k = 0;
+  for (; k + kSide * kSlice <= columns; k += kSide * kSlice) slices(std::integral_constant<int, kSide>{}, k, kSlice);
+  for (; k < columns; k += kSlice) slices(std::integral_constant<int, 1>{}, k, std::min(kSlice, columns - k));
+  for (int64_t r = 0; r < rows; ++r) acc[r] = total[first + r];
+}
+
+template <class T>
+void multiply_add_one(T* acc, const T* weight, int64_t height, const T* a, int64_t columns, int64_t first,
+                      int64_t rows) {
+  if (columns <= 0) return;
+  switch (height) {
+    case 4:
+      return multiply_add_one_panel<4>(acc, weight, a, columns, first, rows);
+    case 8:
+      return multiply_add_one_panel<8>(acc, weight, a, columns, first, rows);
+    case 12:
+      return multiply_add_one_panel<12>(acc, weight, a, columns, first, rows);
+    default:
+      return multiply_add_one_panel<16>(acc, weight, a, columns, first, rows);
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Activations over rows of lanes.
 

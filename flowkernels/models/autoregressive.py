@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowkernels.models.flow import Flow
 from flowkernels.nn.autoregressive import AutoregressiveTransform
-from flowkernels.ops.maf import run_chain
+from flowkernels.ops.maf import Step, run_chain
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import RQSpline
 
@@ -40,10 +40,14 @@ class AutoregressiveFlow(Flow):
         return self.layers._modules["0"].conditioner.plan_parameters()[0]  # type: ignore[union-attr,operator,no-any-return]
 
     def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        layers = list(self.layers._modules.values())
-        if inverse:
-            layers.reverse()
-        return run_chain(x, [layer.step(context, inverse) for layer in layers])  # type: ignore[operator]
+        return run_chain(x, self._steps(context, inverse))
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return run_chain(x, self._steps(context, inverse=False), density=True)[1]
+
+    def _steps(self, context: Tensor | None, inverse: bool) -> list[Step]:
+        layers = self.layers._modules.values()
+        return [layer.step(context, inverse) for layer in (reversed(layers) if inverse else layers)]  # type: ignore
 
 
 class MAF(AutoregressiveFlow):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowkernels.ops.maf.reference import log_normal
+
 
 class Flow(nn.Module):
     """A normalizing flow with a standard normal base: x -> z through `layers`, each with ``forward`` and ``inverse``.
@@ -42,8 +44,12 @@ class Flow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(N, D) [, context (N, K)] -> (N,) log-densities in nats."""
-        z, logdet = self.transform(x, context)
-        return torch.sub(logdet, torch.linalg.vecdot(z, z), alpha=0.5) - 0.5 * self.features * math.log(2 * math.pi)
+        self._check_input("x", x, context)
+        return self._log_prob(x, context)
+
+    def _log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        z, logdet = self._run(x, context, inverse=False)
+        return logdet + log_normal(z)
 
     @torch.no_grad()
     def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
@@ -65,7 +71,7 @@ class Flow(nn.Module):
         """Samples as `rsample` gives them and their log-densities, (n,) or (C, n), from the same sweep."""
         noise, rows, shape = self._noise(n, context, seed)
         x, logdet = self.inverse(noise, rows)
-        return x.reshape(*shape, self.features), (_log_normal(noise) - logdet).reshape(shape)
+        return x.reshape(*shape, self.features), (log_normal(noise) - logdet).reshape(shape)
 
     def _noise(self, n: int, context: Tensor | None, seed: int | None) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
         """Noise (rows, D), the context of each row, and the shape that the rows come back in."""
@@ -119,8 +125,3 @@ class Flow(nn.Module):
             raise TypeError(f"context must be a torch.Tensor, got {type(context).__name__}")
         if context.dim() != 2 or context.shape[1] != self.context_features:
             raise ValueError(f"context must have shape (C, {self.context_features}), got {tuple(context.shape)}")
-
-
-def _log_normal(z: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.vecdot(z, z)
-    return squares.mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))

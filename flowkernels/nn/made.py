@@ -140,10 +140,10 @@ class MADE(nn.Module):
         """weight_0, bias_0, weight_1, ...: what the operators of `plan` take."""
         # Straight from the dictionaries: attribute access of a Module costs more than a small network's arithmetic.
         found: list[Tensor] = []
-        for layer in self.layers._modules.values():
-            assert layer is not None
+        for layer in self._modules["layers"]._modules.values():  # type: ignore[union-attr]
+            own = layer._parameters  # type: ignore[union-attr]
             for name in ("weight", "bias"):
-                plain = layer._parameters.get(name)
+                plain = own.get(name)
                 found.append(getattr(layer, name) if plain is None else plain)  # a parametrization is computed
         return found
 

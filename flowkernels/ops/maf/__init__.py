@@ -90,17 +90,19 @@ class Step(NamedTuple):
     inverse: bool
 
 
-def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+def run_chain(x: Tensor, steps: Sequence[Step], *, density: bool = False) -> tuple[Tensor, Tensor]:
     """(y, logdet) of x (N, D) through all steps in one call: a tile of samples passes them all inside the cache.
+
+    With `density`, (y, logdet + log N(y; 0, I)): for a small flow, the few more operators would take longer than this.
 
     The models' way in. Arguments are taken as they are: `maf_forward` and `maf_inverse` check them first.
     """
     dtype = COMPUTE_DTYPE[x.dtype]
     if x.dtype != dtype:
-        y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype) for step in steps])
+        y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype) for step in steps], density=density)
         return y.to(x.dtype), logdet
     if runs_reference(x, "maf"):
-        return _reference_chain(x, steps)
+        return _reference_chain(x, steps, density)
     device = x.device
     grad = torch.is_grad_enabled() and (x.requires_grad or any(_step_needs_grad(step) for step in steps))
     plans = [step.plan for step in steps]
@@ -117,14 +119,14 @@ def run_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
         if with_context:
             contexts.append(x.new_empty(x.shape[0], 0) if context is None else context.to(dtype))
     if not grad:
-        y, logdet, _ = maf_op(x, contexts, packed, tables, codes, numbers)
+        y, logdet, _ = maf_op(x, contexts, packed, tables, codes, numbers, density)
         return y, logdet
     tables_back = [step.plan.tables(device)[1] for step in steps]
     masks = [mask for step in steps for mask in step.plan.masks_on(device)]
     weights = [p for step in steps for p in step.parameters]
     groups = (contexts, packed, packed_back, tables, tables_back, masks, weights)
     tensors = [t for group in groups for t in group]
-    y, logdet, _ = Maf.apply(x, tuple(map(len, groups)), codes, numbers, *tensors)
+    y, logdet, _ = Maf.apply(x, tuple(map(len, groups)), codes, numbers, density, *tensors)
     return y, logdet
 
 
@@ -137,13 +139,13 @@ def _in_dtype(step: Step, dtype: torch.dtype) -> Step:
     return step._replace(parameters=[p.to(dtype) for p in step.parameters], context=context)
 
 
-def _reference_chain(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+def _reference_chain(x: Tensor, steps: Sequence[Step], density: bool) -> tuple[Tensor, Tensor]:
     total = x.new_zeros(x.shape[0])
     for plan, parameters, context, law, form, inverse in steps:
         run = reference.maf_inverse if inverse else reference.maf_forward
         x, logdet = run(x, context, plan, parameters, law, form)
         total = total + logdet
-    return x, total
+    return x, total + reference.log_normal(x) if density else total
 
 
 def _as_transform(law: Any) -> ScaleLaw | RQSpline:

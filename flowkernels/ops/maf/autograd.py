@@ -30,7 +30,7 @@ def _fake_pack(parameters: list[Tensor], masks: list[Tensor], table: Tensor, siz
     return parameters[0].new_empty(size)
 
 
-def _fake_maf(x: Tensor, contexts: Any, packed: Any, tables: Any, codes: list[int], numbers: Any) -> Any:
+def _fake_maf(x: Tensor, contexts: Any, packed: Any, tables: Any, codes: list[int], numbers: Any, density: bool) -> Any:
     samples = x.shape[0]
     saved = x.new_empty(sum(codes[CODES - 1 :: CODES]), (samples + _LANES - 1) // _LANES * _LANES)
     return x.new_empty(x.shape), x.new_empty(samples), saved
@@ -80,8 +80,8 @@ pack_op: Any = operator(
     fake=_fake_pack,
 )
 maf_op: Any = operator(
-    "maf(Tensor x, Tensor[] contexts, Tensor[] packed, Tensor[] tables, int[] codes, float[] numbers)"
-    " -> (Tensor, Tensor, Tensor)",
+    "maf(Tensor x, Tensor[] contexts, Tensor[] packed, Tensor[] tables, int[] codes, float[] numbers,"
+    " bool density) -> (Tensor, Tensor, Tensor)",
     _compiled_only,
     vmap=_vmap_maf,
     fake=_fake_maf,
@@ -99,6 +99,8 @@ backward_op: Any = operator(
 class Maf(torch.autograd.Function):
     """A chain of transforms. The weights come packed; the parameters come along to receive their gradients.
 
+    With `density`, log N(y; 0, I) is part of the log-det.
+
     `tensors` holds, `lengths[i]` of each kind: contexts, packed, packed_back, tables, tables_back, masks, parameters.
     """
 
@@ -106,21 +108,21 @@ class Maf(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, lengths: Sequence[int], codes: list[int], numbers: list[float], *tensors: Tensor
+        x: Tensor, lengths: Sequence[int], codes: list[int], numbers: list[float], density: bool, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         contexts, packed, _, tables, *_ = _split(tensors, lengths)
-        y, logdet, saved = maf_op(x, contexts, packed, tables, codes, numbers)
+        y, logdet, saved = maf_op(x, contexts, packed, tables, codes, numbers, density)
         return y, logdet, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, lengths, ctx.codes, ctx.numbers, *tensors = inputs
+        x, lengths, ctx.codes, ctx.numbers, ctx.density, *tensors = inputs
         contexts, _, packed_back, ctx.tables, ctx.tables_back, ctx.masks, parameters = _split(tensors, lengths)
         ctx.context_widths = [c.shape[1] for c in contexts] or [0] * len(packed_back)
         ctx.context_count = len(contexts)
         ctx.fixed = len(tensors) - len(contexts) - len(parameters)
         # x, contexts and parameters are kept only to say of which tensors there is no second derivative.
-        ctx.save_for_backward(output[2], *packed_back, x, *contexts, *parameters)
+        ctx.save_for_backward(output[2], *packed_back, *(output[:1] if ctx.density else ()), x, *contexts, *parameters)
         ctx.steps = len(packed_back)
         ctx.mark_non_differentiable(output[2])
 
@@ -128,8 +130,12 @@ class Maf(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor, _: Any) -> Any:
         saved, *kept = ctx.saved_tensors
         packed_back, inputs = kept[: ctx.steps], kept[ctx.steps :]
-        needs = ctx.needs_input_grad[4 + ctx.context_count + ctx.fixed :]
+        needs = ctx.needs_input_grad[5 + ctx.context_count + ctx.fixed :]
         want_parameters = any(needs)
+        given = (grad_y, grad_logdet)
+        if ctx.density:  # d log N(y; 0, I) / dy = -y
+            y, *inputs = inputs
+            grad_y = torch.addcmul(grad_y, grad_logdet.unsqueeze(1), y, value=-1)
         grads = backward_op(
             grad_y,
             grad_logdet,
@@ -143,7 +149,7 @@ class Maf(torch.autograd.Function):
             ctx.context_widths,
             want_parameters,
         )
-        grad_x, flat_contexts, flat = not_twice_differentiable("maf", grads, (grad_y, grad_logdet, *inputs))
+        grad_x, flat_contexts, flat = not_twice_differentiable("maf", grads, (*given, *inputs))
         samples = grad_y.shape[0]
         contexts: tuple[Tensor, ...] = ()
         if ctx.context_count:
@@ -155,7 +161,7 @@ class Maf(torch.autograd.Function):
             for i, (part, need) in enumerate(zip(parts, needs, strict=True)):
                 if need:
                     parameters[i] = part if i % 2 else part.view(ctx.masks[i // 2].shape)
-        return grad_x, None, None, None, *contexts, *(None,) * ctx.fixed, *parameters
+        return grad_x, None, None, None, None, *contexts, *(None,) * ctx.fixed, *parameters
 
 
 def _split(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:

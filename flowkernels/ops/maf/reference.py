@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -78,3 +79,9 @@ def maf_inverse(
     for _ in range(plan.steps):
         x, logdet = transform(z, conditioner(x, plan, parameters, context), plan, law, form, True)
     return x, logdet
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I) over the last dimension, in nats."""
+    squares: Tensor = torch.linalg.vecdot(z, z)
+    return squares.mul(-0.5).sub(0.5 * z.shape[-1] * math.log(2 * math.pi))
