@@ -364,7 +364,7 @@ def _cast(inputs: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
 
 
 def _spread_of_plain(
-    call: Call, inputs: Sequence[Tensor | None], gradients: bool, runs: int = 12
+    call: Call, inputs: Sequence[Tensor | None], gradients: bool, runs: int = 6
 ) -> list[tuple[Tensor, Tensor]]:
     """Per output and gradient: the plain version's largest error, and what one rounding of inputs does."""
     worst: list[tuple[Tensor, Tensor]] = []

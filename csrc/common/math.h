@@ -195,8 +195,15 @@ FK_INLINE float log1p(float x) {
   return x < detail::kInf ? y : x;
 }
 
-// 1 / (1 + e^-x); the overflow of e^-x to infinity is the right tail. Max 2.5 ulp.
-FK_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 / (1 + y) or y / (1 + y) with y = e^-|x|. What 1 + y and the quotient round off is known exactly, and is divided by
+// 1 + y to within five percent, which is enough to give it back. Max 1.9 ulp, 1.5 with fused multiply-add.
+FK_INLINE float sigmoid(float x) {
+  const float y = detail::exp_unguarded(-abs(x), 0.0f);
+  const float d = 1.0f + y, lost = y - (d - 1.0f), n = x < 0.0f ? y : 1.0f;
+  const float q = n / d;
+  const float r = q + ((n - q * d) - q * lost) * (1.457f - 0.5f * d);
+  return x == x ? r : x;
+}
 
 // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|): the exponential never overflows, the tail is e^x
 // below and x above. A NaN comes through the max. Max 1.8 ulp.
