@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+
+
+class Function(torch.autograd.Function):
+    """torch's, except that arguments are bound to their names only where functorch needs it: that binding takes longer
+    than a small flow's kernel."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def backward_of(function: type[torch.autograd.Function], op: Callable[..., Any], *args: Any) -> Any:
@@ -45,7 +57,7 @@ def reference_double_backward(
     return torch.autograd.grad([g for g, _ in wanted], leaves, [gg for _, gg in wanted], allow_unused=True)
 
 
-class _NotTwice(torch.autograd.Function):
+class _NotTwice(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels._autograd import not_twice_differentiable
+from flowkernels._autograd import Function, not_twice_differentiable
 from flowkernels._library import operator, vmap_loop
 
 _LANES = 16  # csrc/cpu/panels.h: kLanes
@@ -96,7 +96,7 @@ backward_op: Any = operator(
 )
 
 
-class Maf(torch.autograd.Function):
+class Maf(Function):
     """A chain of transforms. The weights come packed; the parameters come along to receive their gradients.
 
     With `density`, log N(y; 0, I) is part of the log-det.
