@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowkernels.integrations._common import Adapter, Left, Replaced, law_of, takes
 from flowkernels.integrations._made import TRANSFORM_METHODS, AffineMade, MadeNetwork
+from flowkernels.integrations._nsf import spline_adapters
 from flowkernels.ops.affine_coupling import affine_coupling
 
 TESTED = ("1.7", "1.8")
@@ -63,6 +64,7 @@ def _coupling(flow: Any) -> None:
 
 
 def adapters() -> list[Adapter]:
+    from normflows.flows import neural_spline
     from normflows.flows.affine import autoregressive, coupling
     from normflows.nets import made
 
@@ -84,5 +86,11 @@ def adapters() -> list[Adapter]:
             _coupling,
             "affine map by affine_coupling; its network stays with normflows",
             closed=False,
+        ),
+        *spline_adapters(
+            neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive,
+            neural_spline.coupling.PiecewiseRationalQuadraticCoupling,
+            neural_spline.coupling.PiecewiseRationalQuadraticCDF,
+            lambda transform, law: MadeNetwork(transform, made, True, law),
         ),
     ]

@@ -95,6 +95,8 @@ def nflows_spline(kind: str, images: bool = False) -> Case:
             # No kernel has the sine: then only the spline is replaced.
             act = {"activation": torch.sin} if "elements" in kind else {}
             return t.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(5, 16, **options, **act)
+        if kind == "both":
+            options["apply_unconditional_transform"] = True
         return t.PiecewiseRationalQuadraticCouplingTransform(
             torch.tensor([1, 0, 1, 0, 0]), lambda a, b: Net(a, b, images), **options
         )
@@ -135,6 +137,18 @@ def normflows_coupling(scale_map: str, images: bool = False) -> Case:
     return make, normflows_call, [(6, 6, 2, 2)] * 2 if images else [(6, 5)] * 2
 
 
+def normflows_spline(kind: str) -> Case:
+    nf = pytest.importorskip("normflows")
+
+    def make() -> Any:
+        if kind == "coupling":  # the half that stays goes through splines of its own
+            return nf.flows.CoupledRationalQuadraticSpline(5, 1, 16, num_bins=6, tail_bound=1.5)
+        act = {"activation": nn.Softsign} if "elements" in kind else {}
+        return nf.flows.AutoregressiveRationalQuadraticSpline(5, 1, 16, num_bins=6, tail_bound=1.5, **act)
+
+    return make, normflows_call, [(6, 5)] * 2
+
+
 def pyro_coupling(context: int = 0) -> Case:
     t = pytest.importorskip("pyro.distributions.transforms")
 
@@ -152,6 +166,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "nflows images": lambda: nflows_affine(images=True),
     "nflows spline": lambda: nflows_spline("coupling"),
     "nflows spline images": lambda: nflows_spline("coupling", images=True),
+    "nflows spline both halves": lambda: nflows_spline("both"),
     "nflows spline autoregressive": lambda: nflows_spline("autoregressive"),
     "nflows spline autoregressive elements": lambda: nflows_spline("autoregressive elements"),
     "zuko": lambda: zuko_coupling(False),
@@ -166,6 +181,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "normflows sigmoid": lambda: normflows_coupling("sigmoid"),
     "normflows sigmoid_inv": lambda: normflows_coupling("sigmoid_inv"),
     "normflows images": lambda: normflows_coupling("sigmoid", images=True),
+    "normflows spline": lambda: normflows_spline("coupling"),
+    "normflows spline autoregressive": lambda: normflows_spline("autoregressive"),
+    "normflows spline autoregressive elements": lambda: normflows_spline("autoregressive elements"),
     "pyro": pyro_coupling,
     "pyro context": lambda: pyro_coupling(3),
 }
@@ -196,10 +214,10 @@ def _randomised(model: Any) -> Any:
 
 def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each case reaches an operator, and goes without one under forward-mode derivatives."""
-    from flowkernels.integrations import _common, nflows, normflows, pyro, zuko
+    from flowkernels.integrations import _common, _nsf, nflows, normflows, pyro, zuko
 
     calls: list[str] = []
-    for module in (_common, nflows, normflows, pyro, zuko):
+    for module in (_common, _nsf, nflows, normflows, pyro, zuko):
         for name in ("affine_coupling", "rq_spline", "run_chain"):
             if hasattr(module, name):
                 real = getattr(module, name)
@@ -238,6 +256,8 @@ def test_what_stays() -> None:
     box = t.PiecewiseRationalQuadraticCouplingTransform(torch.tensor([1, 0]), Net, tails=None)
     assert describe(box)[0].what == "left: tails are None, not linear"
     nf = pytest.importorskip("normflows")
+    circular = nf.flows.CircularAutoregressiveRationalQuadraticSpline(3, 1, 8, [0])
+    assert "tails are ['circular', 'linear', 'linear']" in str(describe(circular))
     assert "nothing to fuse" in describe(nf.flows.AffineCoupling(Net(1, 1), scale=False))[0].what
     p = pytest.importorskip("pyro.distributions.transforms")
     assert describe(p.affine_coupling((4, 2), dim=-2))[0].what == "left: it splits along dimension -2, not the last one"
