@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks import show
 from benchmarks.machine import ROOT
 
-BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 RESULTS = Path(__file__).parent / "results"
 # One colour per variant, in every picture.
 COLOURS = {
@@ -31,31 +30,59 @@ COLOURS = {
 
 
 def report(path: Path) -> int:
-    """Fills README.md between its two marks and draws into benchmarks/results/."""
+    """Fills README.md between its marks; all medians and the pictures go to benchmarks/results/."""
     document = json.loads(path.read_text())
     pictures = draw(document, RESULTS)
+    full = RESULTS / f"{path.stem}.md"
+    full.write_text(f"# {path.stem}\n\n{medians(document)}\n")
     readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(), figures(document, pictures, path)))
+    text = filled(readme.read_text(), "figures", figures(document, pictures, path, full))
+    table = accelerated(document)
+    if table:
+        text = filled(text, "accelerate", table)
+    readme.write_text(text)
     for picture in pictures:
         print(f"picture: {picture}")
-    print(f"filled: {readme}")
+    print(f"filled: {readme}, {full}")
     return 0
 
 
-def filled(text: str, content: str) -> str:
-    """`text` with everything between the marks replaced.
+def filled(text: str, section: str, content: str) -> str:
+    """`text` with everything between the marks of a section replaced.
 
     Raises:
         ValueError: if the marks are not there, in this order, once each.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must have {BEGIN} and {END} once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md must have {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
-def figures(document: Mapping[str, Any], pictures: list[Path], source: Path) -> str:
-    """The markdown: what was measured where, the targets, the medians, the growth, the pictures."""
+def accelerated(document: Mapping[str, Any]) -> str:
+    """Before and after `fk.accelerate`, a row for each library and size; empty if the run has none."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for record in document["results"]:
+        if record["op"] != "accelerate" or record["status"] != "ok":
+            continue
+        library, what = record["what"].split(" ", 1)
+        ours = next(v for v in record["variants"] if v["kind"] == "ours")
+        before = next(v for v in record["variants"] if v["name"] == library)
+        column = next(c for c in _ACCELERATED if c in what)
+        cell = f"{show.seconds(before['p50'])} → {show.seconds(ours['p50'])} ({show.times(before['ours_faster'])})"
+        rows.setdefault((library, _size(record)), {})[column] = cell
+    if not rows:
+        return ""
+    table = [(lib, size, *(cells.get(c, "") for c in _ACCELERATED)) for (lib, size), cells in rows.items()]
+    return _markdown(("library", "flow", *_ACCELERATED), table)
+
+
+_ACCELERATED = ("sampling", "log_prob", "training step")
+
+
+def figures(document: Mapping[str, Any], pictures: list[Path], source: Path, full: Path) -> str:
+    """The README's markdown: what was measured where, the pictures, the targets."""
     device, versions, limits = document["device"], document["versions"], document["ceilings"]
     libraries = ", ".join(
         f"{name} {versions[name]}" for name in ("torch", "nflows", "zuko", "normflows") if name in versions
@@ -66,7 +93,7 @@ def figures(document: Mapping[str, Any], pictures: list[Path], source: Path) -> 
         f" {libraries}, Python {versions['python']}. Copy {limits['copy_gbs']:.0f} GB/s,"
         f" GEMM {limits['gemm_gflops']:.0f} GFLOP/s."
         f" All variants in turns in one run, every result checked against float64 before it was timed."
-        f" Everything: [`{_relative(source)}`]({_relative(source)}).",
+        f" [All medians]({_relative(full)}), [everything as JSON]({_relative(source)}).",
     ]
     parts += [f"![{picture.stem.replace('_', ' ')}]({_relative(picture)})" for picture in pictures]
     rows: list[tuple[str, ...]] = [
@@ -79,8 +106,13 @@ def figures(document: Mapping[str, Any], pictures: list[Path], source: Path) -> 
         for t in document["targets"]
     ]
     parts.append(_markdown(("", "to reach", "reached", "met"), rows))
-    parts.append("Medians; in brackets how many times faster flowkernels is.")
-    rows = []
+    return "\n\n".join(parts)
+
+
+def medians(document: Mapping[str, Any]) -> str:
+    """The median of every variant of every case, and how times grow."""
+    parts = ["Medians; in brackets how many times faster flowkernels is."]
+    rows: list[tuple[str, ...]] = []
     for record in document["results"]:
         if record["status"] != "ok" or record["sweep"]:
             continue
@@ -160,7 +192,10 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _measured(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [record for record in document["results"] if record["status"] == "ok" and not record["sweep"]]
+    """What a picture has room for: the cases that a target names, or all where there are few."""
+    found = [record for record in document["results"] if record["status"] == "ok" and not record["sweep"]]
+    named = {target["case"] for target in document["targets"]}
+    return found if len(found) <= 12 else [record for record in found if record["id"] in named]
 
 
 def _speedup(document: Mapping[str, Any], pyplot: Any) -> Any:

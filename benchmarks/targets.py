@@ -109,6 +109,14 @@ TARGETS = (
         2,
     ),
     Target(
+        "affine coupling, 65536×256, forward+backward",
+        "affine_coupling / forward+backward / N=65536 D=256 memory=fresh",
+        "PyTorch",
+        0.6,
+        at_most=True,
+        figure="peak_bytes",
+    ),
+    Target(
         "rational-quadratic spline K=8, 4096×64, forward",
         "rq_spline / forward / style=nflows K=8 N=4096 D=64",
         "nflows",
@@ -157,6 +165,18 @@ TARGETS = (
         1 / 20,
         at_most=True,
         figure="peak_bytes",
+    ),
+    *(
+        Target(f"accelerated {library} MAF, {size}, {what}", f"accelerate / {library} {what} / {size}", library, bound)
+        for library in ("nflows", "zuko")
+        for size, what, bound in (
+            ("D=784 H=1024 B=100 transforms=1", "sampling", 1000),
+            ("D=43 H=512 B=1000 transforms=5", "sampling", 100),
+            ("D=43 H=512 B=1000 transforms=5", "log_prob", 1.3),
+            ("D=43 H=512 B=1000 transforms=5", "training step", 1.2),
+            ("D=5 H=50 B=1 transforms=5", "sampling", 8),
+            ("D=5 H=50 B=100 transforms=5", "training step", 1),
+        )
     ),
 )
 
