@@ -1,5 +1,8 @@
-// Loops over a fixed number of lanes.
+// Loops over a fixed number of lanes, and rows that lie apart.
 #pragma once
+#include <cstdint>
+
+#include "common/math.h"
 
 // Before such a loop: without it the compiler unrolls short loops first, and then finds nothing to vectorise in some of
 // them (rq_spline, K = 8: 490 ns per 16 elements without, 350 with).
@@ -8,3 +11,16 @@
 #else
 #define FK_SIMD _Pragma("omp simd")
 #endif
+
+namespace fk {
+
+// Element k of what is meant lies at data[k * stride]; used as a pointer.
+template <class T>
+struct Strided {
+  T* data;
+  std::int64_t stride;
+  FK_INLINE T& operator[](std::int64_t k) const { return data[k * stride]; }
+  FK_INLINE Strided operator+(std::int64_t k) const { return {data + k * stride, stride}; }
+};
+
+}  // namespace fk

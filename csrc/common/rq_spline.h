@@ -1,6 +1,7 @@
 // The monotonic rational-quadratic spline: both directions and their derivatives, for `Lanes` elements at once.
 //
-// Parameters of an element are rows, [parameter][lane]: K widths, K heights, K - 1 inner slopes. Finding the bin is a
+// Parameters of an element are rows, [parameter][lane]: K widths, K heights, K - 1 inner slopes; a pointer, or a
+// `Strided` one where they lie apart (In, Out). Finding the bin is a
 // walk over all of them with selects, no branch and no gather, so that lanes become SIMD lanes. Inside, everything is a
 // fraction of the interval [-bound, bound], counted from its middle: u = x / (2 bound), and likewise for y.
 //
@@ -86,8 +87,8 @@ struct SplineWork {
 };
 
 // exp(logit - largest) of every bin, and the factor that makes fractions of them.
-template <SplineStyle S, int Lanes, class T>
-FK_INLINE void spline_exponentials(const T* logits, T least, const SplineOptions<T>& o, SplineAxis<T, Lanes>& axis) {
+template <SplineStyle S, int Lanes, class T, class In>
+FK_INLINE void spline_exponentials(In logits, T least, const SplineOptions<T>& o, SplineAxis<T, Lanes>& axis) {
   alignas(64) T largest[Lanes], sum[Lanes], rest[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) largest[i] = sum[i] = rest[i] = T(0);
@@ -150,8 +151,8 @@ FK_INLINE bool spline_inside(T x, const SplineOptions<T>& o) {
 
 // Everything about the bin that each lane of x falls into; theta too, solved for when Inverse. Lanes outside the bounds
 // are put at a bound, so that what follows is finite.
-template <SplineStyle S, bool Inverse, int Lanes, class T>
-FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOptions<T>& o, SplineWork<T, Lanes>& s) {
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In>
+FK_INLINE void spline_locate(const T* x, In parameters, const SplineOptions<T>& o, SplineWork<T, Lanes>& s) {
   const int bins = o.bins;
   spline_exponentials<S>(parameters, o.min_width, o, s.x);
   spline_exponentials<S>(parameters + bins * Lanes, o.min_height, o, s.y);
@@ -171,7 +172,7 @@ FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOption
     spline_find<true>(position, o.min_width, bins, s.x, s.bin);
     spline_find<false>(position, o.min_height, bins, s.y, s.bin);
   }
-  const T* slopes = parameters + 2 * bins * Lanes;
+  const In slopes = parameters + 2 * bins * Lanes;
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) s.raw0[i] = s.raw1[i] = T(0);
   for (int k = 0; k < bins - 1; ++k) FK_SIMD
@@ -205,8 +206,8 @@ FK_INLINE void spline_locate(const T* x, const T* parameters, const SplineOption
 }
 
 // y and the log-det of every lane.
-template <SplineStyle S, bool Inverse, int Lanes, class T>
-FK_INLINE void rq_spline_lanes(const T* x, const T* parameters, const SplineOptions<T>& o, T* y, T* logdet) {
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In>
+FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>& o, T* y, T* logdet) {
   SplineWork<T, Lanes> w;
   spline_locate<S, Inverse>(x, parameters, o, w);
   FK_SIMD
@@ -224,9 +225,9 @@ FK_INLINE void rq_spline_lanes(const T* x, const T* parameters, const SplineOpti
 }
 
 // Gradient of the logits of one axis: every fraction before the bin gets `before`, the bin's own gets `own`.
-template <SplineStyle S, int Lanes, class T>
-FK_INLINE void spline_logit_gradients(const T* logits, const SplineAxis<T, Lanes>& axis, const T* bin, const T* before,
-                                      const T* own, T least, const SplineOptions<T>& o, T* grad) {
+template <SplineStyle S, int Lanes, class T, class In, class Out>
+FK_INLINE void spline_logit_gradients(In logits, const SplineAxis<T, Lanes>& axis, const T* bin, const T* before,
+                                      const T* own, T least, const SplineOptions<T>& o, Out grad) {
   // With f_j = least + factor e_j, sum over j of g_j (f_j - least) needs only the fractions up to the bin, which are
   // known.
   alignas(64) T mean[Lanes];
@@ -247,9 +248,9 @@ FK_INLINE void spline_logit_gradients(const T* logits, const SplineAxis<T, Lanes
 // Gradients of x and of all parameters. For the inverse, x stands for its input, the flow's y: with f the forward
 // transform at fixed parameters and l its log slope, dx = (dy - df) / f' and d(-l) = -(l_x dx + dl), so the forward
 // derivatives serve with other cotangents.
-template <SplineStyle S, bool Inverse, int Lanes, class T>
-FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, const T* x, const T* parameters,
-                                        const SplineOptions<T>& o, T* grad_x, T* grad_parameters) {
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In, class Out>
+FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, const T* x, In parameters,
+                                        const SplineOptions<T>& o, T* grad_x, Out grad_parameters) {
   SplineWork<T, Lanes> w;
   spline_locate<S, Inverse>(x, parameters, o, w);
   const int bins = o.bins;
@@ -295,7 +296,7 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
   spline_logit_gradients<S>(parameters, w.x, w.bin, before_u, own_u, o.min_width, o, grad_parameters);
   spline_logit_gradients<S>(parameters + bins * Lanes, w.y, w.bin, before_y, own_y, o.min_height, o,
                             grad_parameters + bins * Lanes);
-  T* slopes = grad_parameters + 2 * bins * Lanes;
+  const Out slopes = grad_parameters + 2 * bins * Lanes;
   for (int k = 0; k < bins - 1; ++k) FK_SIMD
   for (int i = 0; i < Lanes; ++i)
     slopes[k * Lanes + i] = (w.bin[i] == T(k + 1) ? grad0[i] : T(0)) + (w.bin[i] == T(k) ? grad1[i] : T(0));

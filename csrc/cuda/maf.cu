@@ -14,10 +14,12 @@
 //           half of the warps computes the products of the next block with everything that was final before this one:
 //           the bulk of the arithmetic, hidden behind the chain.
 //
-// Networks that do not fit this (a step with more than kBlockRows units, many layers, too little shared memory) take
-// the same sweep layer by layer with block-wide barriers. The density direction is one pass of the same panel products.
+// Networks that do not fit this (a step with more than kBlockRows units, many layers, too little shared memory) and
+// splines, whose features have too many parameters for a lane's registers, take the same sweep layer by layer with
+// block-wide barriers. The density direction is one pass of the same panel products.
 #include "common/affine_by_name.h"
 #include "common/net.h"
+#include "common/rq_spline.h"
 #include "cuda/launch.h"
 
 namespace fk {
@@ -43,6 +45,7 @@ struct MafDeviceCall {
   const int64_t* other;  // backwards: of the forward net, for where things were kept
   const T* packed;
   NamedAffine<T> affine;
+  SplineOptions<T> spline;
   int64_t samples, stride;  // stride: samples per kept row
   const T* input;           // (samples, features), as are the next three; forwards only
   T* output;
@@ -107,7 +110,7 @@ __device__ inline int64_t kept_rows_of(const int64_t* table, int layer) {
   return record[0] * (slope_needs_input(static_cast<Activation>(record[4])) ? 2 : 1);
 }
 
-template <class T, bool Backward>
+template <class T, bool Backward, bool Spline>
 __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net) {
   constexpr int S = kSamples<T>;
   const int64_t* table = call.table;
@@ -123,7 +126,7 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
     net.features = static_cast<int>(table[8]);
     net.parameters = static_cast<int>(table[9]);
     net.context_width = static_cast<int>(table[10]);
-    net.chain = net.layers <= kChainLayers;
+    net.chain = !Spline && net.layers <= kChainLayers;
   }
   __syncthreads();
   if (thread < net.layers) {
@@ -271,7 +274,7 @@ __device__ inline void panel_product(const T* weights, int height, const T* colu
 }
 
 // One tile of samples on its way through the net.
-template <class T, bool Backward>
+template <class T, bool Backward, bool Spline>
 struct DeviceTile {
   static constexpr int S = kSamples<T>;
   const MafDeviceCall<T>& call;
@@ -316,9 +319,27 @@ struct DeviceTile {
     }
   }
 
+  // Parameters of a feature, a constant for the affine transform.
+  __device__ int per() const { return Spline ? net.parameters : 2; }
+
+  // A feature's transform in the call's direction: a sweep inverts.
+  template <bool Inverse>
+  __device__ Transformed<T> transform(T x, Strided<const T> theta) const {
+    if constexpr (Spline) {
+      Transformed<T> out;
+      if (call.spline.style == SplineStyle::zuko)
+        rq_spline_lanes<SplineStyle::zuko, Inverse, 1>(&x, theta, call.spline, &out.y, &out.logdet);
+      else
+        rq_spline_lanes<SplineStyle::nflows, Inverse, 1>(&x, theta, call.spline, &out.y, &out.logdet);
+      return out;
+    } else {
+      return affine_by_name(call.affine, x, theta[0], theta[1]);
+    }
+  }
+
   // One feature of one sample, sampling direction: its parameters are known, now its value is.
-  __device__ T sample_feature(int feature, int s, T z, T shift, T u, T& logdet) const {
-    const Transformed<T> out = affine_by_name(call.affine, z, shift, u);
+  __device__ T sample_feature(int feature, int s, T z, Strided<const T> theta, T& logdet) const {
+    const Transformed<T> out = transform<true>(z, theta);
     logdet += out.logdet;
     if (is_sample(s)) call.output[(first + s) * net.features + net.input_perm[feature]] = out.y;
     keep(call.saved, feature, s, out.y);
@@ -393,24 +414,19 @@ struct DeviceTile {
     if (s >= S) return;
     const DeviceLayer<T>& out = net.layer[net.layers - 1];
     if constexpr (Backward) {
-      for (int r = r0 + lane; r < r1; r += kWarp) {
-        T gradients[2];
-        backward_feature(r, s, out.out[static_cast<int64_t>(r) * S + s], gradients);
-        net.state_in[static_cast<int64_t>(2 * r) * S + s] = gradients[0];
-        net.state_in[static_cast<int64_t>(2 * r + 1) * S + s] = gradients[1];
-      }
+      for (int r = r0 + lane; r < r1; r += kWarp)
+        backward_feature<true>(r, s, out.out[static_cast<int64_t>(r) * S + s]);
     } else {
-      for (int f = r0 / 2 + lane; f < r1 / 2; f += kWarp) {
+      for (int f = r0 / per() + lane; f < r1 / per(); f += kWarp) {
         const T z = is_sample(s) ? call.input[(first + s) * net.features + net.input_perm[f]] : T(0);
         net.state_in[static_cast<int64_t>(f) * S + s] =
-            sample_feature(f, s, z, out.out[static_cast<int64_t>(2 * f) * S + s],
-                           out.out[static_cast<int64_t>(2 * f + 1) * S + s], logdet);
+            sample_feature(f, s, z, {out.out + static_cast<int64_t>(f) * per() * S + s, S}, logdet);
       }
     }
   }
 
   // Row r of the backward net's output is feature features - 1 - r; its inputs are the gradients of that feature's
-  // scale and shift, in this order because time runs backwards.
+  // parameters, the last one first because time runs backwards.
   struct BackwardFeature {
     T grad_output, z, shift, u;
   };
@@ -424,18 +440,39 @@ struct DeviceTile {
   }
   __device__ int64_t forward_perm(int f) const { return (call.other + call.other[5])[f]; }
 
-  __device__ void backward_feature(int r, int s, T through, T (&gradients)[2]) const {
-    backward_feature(r, s, through, load_backward(r, s), is_sample(s) ? call.grad_logdet[first + s] : T(0), gradients);
-  }
-  __device__ void backward_feature(int r, int s, T through, const BackwardFeature& b, T grad_logdet,
-                                   T (&gradients)[2]) const {
-    const AffineGradient<T> g =
-        affine_backward_by_name(call.affine, b.grad_output + through, grad_logdet, b.z, b.shift, b.u);
-    gradients[0] = g.u;
-    gradients[1] = g.shift;
-    keep(call.grads, 2 * r, s, g.u);
-    keep(call.grads, 2 * r + 1, s, g.shift);
-    if (is_sample(s)) call.grad_input[(first + s) * net.features + forward_perm(net.features - 1 - r)] = g.x;
+  template <bool Inverse>
+  __device__ void backward_feature(int r, int s, T through) const {
+    T* gradients = net.state_in + (static_cast<int64_t>(r + 1) * per() - 1) * S + s;
+    if (!is_sample(s)) {
+      for (int p = 0; p < per(); ++p) gradients[-p * S] = T(0);
+      return;
+    }
+    const T grad_logdet = call.grad_logdet[first + s];
+    T grad_input;
+    if constexpr (Spline) {
+      const int f = net.features - 1 - r;
+      const int64_t n = first + s;
+      const T grad_output = call.grad_output[n * net.features + forward_perm(f)] + through;
+      const T z = call.saved_in[((call.sweep ? net.kept_noise : 0) + f) * call.stride + n];
+      const Strided<const T> theta{
+          call.saved_in + (net.kept_parameters + static_cast<int64_t>(per()) * f) * call.stride + n, call.stride};
+      const Strided<T> to{gradients, -S};
+      if (call.spline.style == SplineStyle::zuko)
+        rq_spline_backward_lanes<SplineStyle::zuko, Inverse, 1>(&grad_output, &grad_logdet, &z, theta, call.spline,
+                                                                &grad_input, to);
+      else
+        rq_spline_backward_lanes<SplineStyle::nflows, Inverse, 1>(&grad_output, &grad_logdet, &z, theta, call.spline,
+                                                                  &grad_input, to);
+    } else {
+      const BackwardFeature b = load_backward(r, s);
+      const AffineGradient<T> g =
+          affine_backward_by_name(call.affine, b.grad_output + through, grad_logdet, b.z, b.shift, b.u);
+      gradients[0] = g.shift;
+      gradients[-S] = g.u;
+      grad_input = g.x;
+    }
+    for (int p = 0; p < per(); ++p) keep(call.grads, static_cast<int64_t>(r + 1) * per() - 1 - p, s, gradients[-p * S]);
+    call.grad_input[(first + s) * net.features + forward_perm(net.features - 1 - r)] = grad_input;
   }
 
   __device__ void slow_sweep(T& logdet) const {
@@ -737,24 +774,23 @@ struct DeviceTile {
   }
 };
 
-template <class T, bool Backward>
-__global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDeviceCall<T> call) {
+template <class T, bool Backward, bool Spline>
+__device__ void run_tiles(const MafDeviceCall<T>& call) {
   constexpr int S = kSamples<T>;
   __shared__ DeviceNet<T> net;
   __shared__ BlockMeta metas[kMetas];
-  read_device_net<T, Backward>(call, net);
+  read_device_net<T, Backward, Spline>(call, net);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t tiles = (call.samples + S - 1) / S;
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-    DeviceTile<T, Backward> tile{call, net, t * S, thread, thread / kWarp, thread % kWarp};
+    DeviceTile<T, Backward, Spline> tile{call, net, t * S, thread, thread / kWarp, thread % kWarp};
     const int last = net.layers - 1;
     T logdet = T(0);
     if (call.sweep) {
       tile.time_zero();
-      if (net.chain)
-        tile.chain_sweep(metas, logdet);
-      else
-        tile.slow_sweep(logdet);
+      if constexpr (!Spline)
+        if (net.chain) tile.chain_sweep(metas, logdet);
+      if (!net.chain) tile.slow_sweep(logdet);
       logdet = warp_sum(logdet);
       if (!Backward && tile.lane == 0 && tile.warp < S && tile.is_sample(tile.warp))
         call.logdet[tile.first + tile.warp] = logdet;
@@ -771,7 +807,7 @@ __global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDevice
       for (int i = thread; i < net.features * S; i += kTileThreads<T>) {
         const int f = i / S, s = i % S;
         const Transformed<T> out =
-            affine_by_name(call.affine, net.state_in[i], theta[2 * f * S + s], theta[(2 * f + 1) * S + s]);
+            tile.template transform<false>(net.state_in[i], {theta + static_cast<int64_t>(f) * tile.per() * S + s, S});
         logdet += out.logdet;
         if (tile.is_sample(s)) call.output[(tile.first + s) * net.features + net.input_perm[f]] = out.y;
       }
@@ -784,13 +820,8 @@ __global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDevice
       }
     } else {
       // Gradients of the parameters first; the direct part of the features' gradients waits in grad_input.
-      for (int i = thread; i < net.features * S; i += kTileThreads<T>) {
-        const int r = i / S, s = i % S;
-        T gradients[2];
-        tile.backward_feature(r, s, T(0), gradients);
-        net.state_in[2 * r * S + s] = gradients[0];
-        net.state_in[(2 * r + 1) * S + s] = gradients[1];
-      }
+      for (int i = thread; i < net.features * S; i += kTileThreads<T>)
+        tile.template backward_feature<false>(i / S, i % S, T(0));
       __syncthreads();
       tile.dense();
       const T* through = net.layer[last].out;
@@ -803,6 +834,17 @@ __global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDevice
     }
     __syncthreads();
   }
+}
+
+template <class T, bool Backward>
+__global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDeviceCall<T> call) {
+  run_tiles<T, Backward, false>(call);
+}
+
+// A kernel of its own: the bins of a feature take a stack frame and registers that the affine chain must not pay for.
+template <class T, bool Backward>
+__global__ void __launch_bounds__(kTileThreads<T>, 1) maf_spline_kernel(const MafDeviceCall<T> call) {
+  run_tiles<T, Backward, true>(call);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1024,13 +1066,30 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
   call.scratch_per_block = wanted > limit ? state : 0;
   Tensor scratch = new_empty(like, {blocks * call.scratch_per_block});
   call.scratch = static_cast<T*>(scratch.mutable_data_ptr());
-  launch(device, Backward ? "maf_backward" : "maf", maf_kernel<T, Backward>, blocks, kTileThreads<T>, shared, call);
+  launch(device, Backward ? "maf_backward" : "maf",
+         call.spline.bins ? maf_spline_kernel<T, Backward> : maf_kernel<T, Backward>, blocks, kTileThreads<T>, shared,
+         call);
+}
+
+// The transform as flowkernels/transforms.py names it: laws count from 0, then come the splines; always six numbers.
+template <class T>
+void bind_transform(MafDeviceCall<T>& call, int64_t law, const std::vector<double>& numbers, int64_t form) {
+  STD_TORCH_CHECK(numbers.size() == 6, "a transform is described by 6 numbers, got ", numbers.size());
+  const int64_t style = law - static_cast<int64_t>(Law::count);
+  if (style < 0) {
+    call.affine = {law_parameters_of<T>(numbers), static_cast<Law>(law), static_cast<Form>(form), call.sweep};
+    return;
+  }
+  STD_TORCH_CHECK(style < static_cast<int64_t>(SplineStyle::count), "there is no transform ", law);
+  call.spline = spline_options_of<T>(static_cast<int64_t>(numbers[5]), style, numbers);
+  STD_TORCH_CHECK(call.spline.bins >= 2 && call.spline.bins <= kMaxBins, "bins must be 2 to ", kMaxBins, ", got ",
+                  call.spline.bins);
 }
 
 template <bool Inverse>
 std::tuple<Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>& context, const Tensor& packed,
-                               const Tensor& table, int64_t law, const std::vector<double>& law_parameters,
-                               int64_t form, const std::optional<Tensor>& saved) {
+                               const Tensor& table, int64_t law, const std::vector<double>& numbers, int64_t form,
+                               const std::optional<Tensor>& saved) {
   const OnDevice device(input);
   const int64_t samples = input.size(0), features = input.size(1);
   const Tensor in = torch::stable::contiguous(input);
@@ -1041,7 +1100,6 @@ std::tuple<Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>&
     MafDeviceCall<T> call{};
     call.table = table_of(table);
     call.packed = static_cast<const T*>(packed.const_data_ptr());
-    call.affine = {law_parameters_of<T>(law_parameters), static_cast<Law>(law), static_cast<Form>(form), Inverse};
     call.samples = samples;
     call.stride = kept_stride(samples);
     call.input = static_cast<const T*>(in.const_data_ptr());
@@ -1050,6 +1108,7 @@ std::tuple<Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>&
     call.context = data_or_null<T>(ctx);
     call.saved = saved ? static_cast<T*>(saved->mutable_data_ptr()) : nullptr;
     call.sweep = Inverse;
+    bind_transform(call, law, numbers, form);
     launch_maf<T, false>(device, call, in, table.size(0));
   });
   return {out, logdet};
@@ -1060,8 +1119,8 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
                                                 const Tensor& saved, const Tensor& packed_back,
                                                 const std::vector<Tensor>& masks, const Tensor& table,
                                                 const Tensor& table_back, int64_t law,
-                                                const std::vector<double>& law_parameters, int64_t form,
-                                                int64_t context_width, bool want_parameters) {
+                                                const std::vector<double>& numbers, int64_t form, int64_t context_width,
+                                                bool want_parameters) {
   const OnDevice device(grad_output);
   const int64_t samples = grad_output.size(0), features = grad_output.size(1), stride = kept_stride(samples);
   const Tensor in = torch::stable::contiguous(grad_output), grad_out = in,
@@ -1080,7 +1139,6 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
     call.table = table_of(table_back);
     call.other = table_of(table);
     call.packed = static_cast<const T*>(packed_back.const_data_ptr());
-    call.affine = {law_parameters_of<T>(law_parameters), static_cast<Law>(law), static_cast<Form>(form), Inverse};
     call.samples = samples;
     call.stride = stride;
     call.grad_output = static_cast<const T*>(grad_out.const_data_ptr());
@@ -1089,6 +1147,7 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
     call.saved_in = static_cast<const T*>(saved.const_data_ptr());
     call.grads = static_cast<T*>(grads.mutable_data_ptr());
     call.sweep = Inverse;
+    bind_transform(call, law, numbers, form);
     launch_maf<T, true>(device, call, in, table_back.size(0));
     if (context_width && samples) {
       ContextGradientCall<T> c{call.other,
@@ -1131,15 +1190,13 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
 STABLE_TORCH_LIBRARY_FRAGMENT(flowkernels_cuda, m) {
   m.def("maf_pack(Tensor[] parameters, Tensor[] masks, Tensor table, int size) -> Tensor");
   for (const char* name : {"maf_forward", "maf_inverse"}) {
-    const std::string forward =
-        std::string(name) +
-        "(Tensor x, Tensor? context, Tensor packed, Tensor table, int law, float[] law_parameters, "
-        "int form, Tensor(a!)? saved) -> (Tensor, Tensor)";
-    const std::string backward =
-        std::string(name) +
-        "_backward(Tensor grad_output, Tensor grad_logdet, Tensor saved, Tensor packed_back, "
-        "Tensor[] masks, Tensor table, Tensor table_back, int law, float[] law_parameters, int form, "
-        "int context_width, bool want_parameters) -> (Tensor, Tensor, Tensor)";
+    const std::string forward = std::string(name) +
+                                "(Tensor x, Tensor? context, Tensor packed, Tensor table, int law, float[] numbers, "
+                                "int form, Tensor(a!)? saved) -> (Tensor, Tensor)";
+    const std::string backward = std::string(name) +
+                                 "_backward(Tensor grad_output, Tensor grad_logdet, Tensor saved, Tensor packed_back, "
+                                 "Tensor[] masks, Tensor table, Tensor table_back, int law, float[] numbers, int form, "
+                                 "int context_width, bool want_parameters) -> (Tensor, Tensor, Tensor)";
     m.def(forward.c_str());
     m.def(backward.c_str());
   }

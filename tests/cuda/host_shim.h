@@ -201,3 +201,58 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return host_shim::exchange(value, (host_shim::state().current % host_shim::kWarp) ^ mask);
 }
+
+// Tensor cores: operands are whole in every lane, of a result each lane has eight elements.
+namespace nvcuda::wmma {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major;
+struct col_major;
+enum layout_t { mem_row_major };
+
+template <class Use, int M, int N, int K, class T, class Layout = void>
+struct fragment {
+  static_assert(M == 16 && N == 16 && K == 16);
+  T x[std::is_same_v<Use, accumulator> ? 8 : 256];
+};
+
+template <class F, class T>
+void fill_fragment(F& f, T value) {
+  for (auto& x : f.x) x = value;
+}
+
+inline void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(p) % 32 || bytes % 16) throw std::runtime_error("a fragment is not aligned");
+}
+
+template <class Use, class T, class Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& f, const T* from, unsigned stride) {
+  check_aligned(from, stride * sizeof(T));
+  host_shim::warp_barrier();
+  for (unsigned i = 0; i < 16; ++i)
+    for (unsigned j = 0; j < 16; ++j)
+      f.x[16 * i + j] = std::is_same_v<Layout, row_major> ? from[i * stride + j] : from[j * stride + i];
+}
+
+template <class A, class B, class C>
+void mma_sync(C& d, const A& a, const B& b, const C& c) {
+  const int first = host_shim::state().current % host_shim::kWarp * 8;
+  for (int e = 0; e < 8; ++e) {
+    const int i = (first + e) / 16, j = (first + e) % 16;
+    float sum = c.x[e];
+    for (int k = 0; k < 16; ++k) sum += static_cast<float>(a.x[16 * i + k]) * static_cast<float>(b.x[16 * k + j]);
+    d.x[e] = sum;
+  }
+}
+
+template <class F, class T>
+void store_matrix_sync(T* to, const F& f, unsigned stride, layout_t) {
+  check_aligned(to, stride * sizeof(T));
+  const unsigned first = static_cast<unsigned>(host_shim::state().current % host_shim::kWarp) * 8;
+  for (unsigned e = 0; e < 8; ++e) to[(first + e) / 16 * stride + (first + e) % 16] = f.x[e];
+  host_shim::warp_barrier();
+}
+
+}  // namespace nvcuda::wmma

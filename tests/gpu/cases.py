@@ -13,8 +13,11 @@ from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.maf import reference as maf
+from flowkernels.ops.masked_linear import reference as linear
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
+from flowkernels.testing import _shaken
+from flowkernels.transforms import RQSpline, as_transform, code_and_numbers
 
 
 def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -108,8 +111,8 @@ def _zip(name: str, ours: Any, reference: Any, inputs: Any, exact: Any, options:
 # ---- autoregressive networks -----------------------------------------------------------------------------------
 
 
-def made_masks(features: int, hidden: Sequence[int], *, shuffled: bool = False) -> list[Tensor]:
-    """The masks of a MADE with two parameters per feature, interleaved; hidden degrees go round, or are drawn."""
+def made_masks(features: int, hidden: Sequence[int], *, shuffled: bool = False, per: int = 2) -> list[Tensor]:
+    """The masks of a MADE with `per` parameters per feature, interleaved; hidden degrees go round, or are drawn."""
     generator = torch.Generator().manual_seed(features)
     before = degrees = torch.randperm(features, generator=generator) + 1 if shuffled else torch.arange(features) + 1
     masks = []
@@ -119,7 +122,7 @@ def made_masks(features: int, hidden: Sequence[int], *, shuffled: bool = False) 
             now = torch.randint(1, max(2, features), (width,), generator=generator)
         masks.append(now[:, None] >= before[None])
         before = now
-    masks.append(degrees.repeat_interleave(2)[:, None] > before[None])
+    masks.append(degrees.repeat_interleave(per)[:, None] > before[None])
     return masks
 
 
@@ -139,6 +142,11 @@ def _blocked() -> Plan:
     return Plan(masks, layout="blocked", activation="elu")
 
 
+def spline_plan(spline: RQSpline, features: int, hidden: Sequence[int], **options: Any) -> Plan:
+    per = spline.params_per_feature
+    return Plan(made_masks(features, hidden, per=per), parameters=spline.parameter_names, **options)
+
+
 PLANS: dict[str, Callable[[], Plan]] = {
     "one_feature": lambda: Plan(made_masks(1, [3])),
     "no_hidden": lambda: Plan(made_masks(4, [])),
@@ -155,15 +163,16 @@ PLANS: dict[str, Callable[[], Plan]] = {
 
 
 def check_maf(
-    kernels: Any, plans: Sequence[Plan], samples: int, dtype: torch.dtype, inverse: bool, *, law: str = "softplus",
-    form: str = "scale_shift", device: str = "cpu",
+    kernels: Any, plans: Sequence[Plan], samples: int, dtype: torch.dtype, inverse: bool, *,
+    law: str | ScaleLaw | RQSpline | Sequence[ScaleLaw | RQSpline] = "softplus", form: str = "scale_shift",
+    device: str = "cpu",
 ) -> None:  # fmt: skip
-    """A chain of transforms, forwards and backwards."""
+    """A chain of transforms, forwards and backwards; `law` is that of all, or one of each."""
     generator = torch.Generator().manual_seed(samples)
     make = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
     features = plans[0].features
     x, grad_y, grad_logdet = make(samples, features), make(samples, features), make(samples)
-    law_ = ScaleLaw(law)
+    laws = list(law) if isinstance(law, (list, tuple)) else [as_transform(law)] * len(plans)
     steps, packed, back, contexts = [], [], [], []
     for plan in plans:
         parameters = []
@@ -176,10 +185,12 @@ def check_maf(
         steps.append((plan, parameters))
     forward_tables, backward_tables = ([p.tables(x.device)[i] for p in plans] for i in (0, 1))
     masks = [m for p in plans for m in p.masks_on(x.device)]
+    named = [code_and_numbers(one) for one in laws]
     codes = lambda keep: [  # noqa: E731
-        c for p in plans for c in (law_.code, FORMS.index(form), inverse, p.saved_rows[inverse] if keep else 0)
-    ]
-    numbers = law_.numbers * len(plans)
+        c for p, (code, _) in zip(plans, named, strict=True)
+        for c in (code, FORMS.index(form), inverse, p.saved_rows[inverse] if keep else 0)
+    ]  # fmt: skip
+    numbers = [n for _, described in named for n in described]
     y, logdet, _ = maf_cuda.maf(x, contexts, packed, forward_tables, codes(False), numbers, kernels=kernels)
     again, logdet_again, saved = maf_cuda.maf(
         x, contexts, packed, forward_tables, codes(True), numbers, kernels=kernels
@@ -193,20 +204,69 @@ def check_maf(
     got = [y, logdet, grad_x, *grad_contexts.split([c.numel() for c in contexts])]
     got += flat.split([n for m in masks for n in (m.numel(), m.shape[0])])
 
-    def reference(dtype: torch.dtype) -> list[Tensor]:
-        cast = lambda ts: [t.detach().to(dtype).requires_grad_() for t in ts]  # noqa: E731
+    def reference(dtype: torch.dtype, low: torch.dtype, run: int) -> list[Tensor]:
+        count = iter(range(1000))
+        cast = lambda ts: [_shaken(t, low, run, next(count)).to(dtype).requires_grad_() for t in ts]  # noqa: E731
         weights = [cast(parameters) for _, parameters in steps]
-        (start,), terms = cast([x]), cast(contexts)
-        out, total = start, 0.0
-        for plan, own, context in zip(plans, weights, terms, strict=True):
-            run = maf.maf_inverse if inverse else maf.maf_forward
-            out, one = run(out, context if plan.context_width else None, plan, own, law_, form)
-            total = total + one
+        (start,), terms, cotangents = cast([x]), cast(contexts), cast([grad_y, grad_logdet])
+        out, total = start, start.new_zeros(samples) + 0 * start.sum()  # the unit law's log-det depends on nothing
+        for plan, own, context, one in zip(plans, weights, terms, laws, strict=True):
+            transform = maf.maf_inverse if inverse else maf.maf_forward
+            out, logdet = transform(out, context if plan.context_width else None, plan, own, one, form)
+            total = total + logdet
         leaves = [start, *terms, *(w for own in weights for w in own)]
-        grads = torch.autograd.grad([out, total], leaves, [grad_y.to(dtype), grad_logdet.to(dtype)], allow_unused=True)
+        grads = torch.autograd.grad([out, total], leaves, [c.detach() for c in cotangents], allow_unused=True)
         return [out.detach(), total.detach()] + [
             torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
         ]
 
-    for i, (ours, plain, exact) in enumerate(zip(got, reference(dtype), reference(torch.float64), strict=True)):
-        assert_as_close(f"maf inverse={inverse} output {i} {dtype}", ours.reshape(exact.shape), plain, exact)
+    # How wrong plain PyTorch is, as flowkernels.testing.check_against_reference finds it: the worst of several runs
+    # with inputs shaken by some roundings; for float64, which nothing is more exact than, from float32, scaled down.
+    low = torch.float32
+    errors: list[Tensor] = []
+    for run in range(12):
+        pairs = zip(reference(low, low, run), reference(torch.float64, low, run), strict=True)
+        now = [(p.double() - e).abs() for p, e in pairs]
+        errors = [torch.maximum(a, b) for a, b in zip(errors, now, strict=True)] if errors else now
+    scale = 1.5 * torch.finfo(dtype).eps / torch.finfo(low).eps if dtype == torch.float64 else 1.0
+    exact = reference(torch.float64, dtype, 0)
+    for i, (ours, error, truth) in enumerate(zip(got, errors, exact, strict=True)):
+        name = f"maf inverse={inverse} output {i} {dtype}"
+        assert_as_close(name, ours.reshape(truth.shape), truth + scale * error, truth)
+
+
+# ---- masked linear layers --------------------------------------------------------------------------------------
+
+
+def check_masked_linear(
+    forward: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor, ...]],
+    dtype: torch.dtype,
+    *,
+    shapes: Sequence[tuple[int, int, int, int]] = (
+        (0, 3, 4, 3), (1, 1, 1, 1), (5, 7, 9, 4), (4, 0, 3, 2), (70, 130, 150, 12), (33, 100, 65, 200),
+    ),
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """Every activation, strides, and all gradients; a shape is (samples, inputs, outputs, degrees)."""
+    generator = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
+    for samples, inputs, outputs, top in shapes:
+        for strict in (False, True):
+            i, o = (torch.randint(0, top, (n,), generator=generator).to(device) for n in (inputs, outputs))
+            x, w, b, g = make(inputs, samples).T, make(outputs, inputs), make(outputs), make(samples, outputs)
+            for activation in range(9) if samples == 5 else (0, 1):
+                args = (i, o, strict, activation)
+                for bias in (b, None):
+                    plain = linear.masked_linear(x, w, bias, *args)
+                    exact = linear.masked_linear(*(None if t is None else t.double() for t in (x, w, bias)), *args)
+                    y = forward(x, w, bias, *args)
+                    assert_as_close(f"masked_linear {samples} {activation} {dtype}", y, plain, exact)
+            rest = (i, o, strict, True, True)
+            ours = backward(g, x, w, *rest)
+            plains = linear.masked_linear_backward(g, x, w, *rest)
+            exacts = linear.masked_linear_backward(g.double(), x.double(), w.double(), *rest)
+            for name, *values in zip(("x", "weight", "bias"), ours, plains, exacts, strict=True):
+                assert_as_close(f"gradient of {name} {samples} {dtype}", *values)
+            neither = backward(g, x, w, i, o, strict, False, False)
+            assert [t.shape[0] for t in neither] == [0, 0, 0]

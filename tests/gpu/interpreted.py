@@ -5,8 +5,17 @@ from __future__ import annotations
 import sys
 
 import torch
-from cases import affine_options, assert_as_close, check_affine
+from cases import (
+    PLANS,
+    affine_options,
+    assert_as_close,
+    check_affine,
+    check_maf,
+    check_masked_linear,
+    made_masks,
+)
 
+from flowkernels.plan import ACTIVATIONS, Plan
 from flowkernels.scales import ScaleLaw
 
 
@@ -29,35 +38,29 @@ def affine_coupling() -> None:
 
 
 def masked_linear() -> None:
-    from flowkernels.ops.masked_linear import reference
     from flowkernels.ops.masked_linear import triton as kernels
 
     interpreted(kernels.forward_kernel)
-    generator = torch.Generator().manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    for samples, inputs, outputs, top in (
-        (0, 3, 4, 3),
-        (1, 1, 1, 1),
-        (5, 7, 9, 4),
-        (70, 130, 150, 12),
-        (33, 100, 65, 200),
-    ):
-        for strict in (False, True):
-            i, o = (torch.randint(0, top, (n,), generator=generator) for n in (inputs, outputs))
-            x, w, b, g = make(samples, inputs), make(outputs, inputs), make(outputs), make(samples, outputs)
-            for activation in range(9) if samples == 5 else (0, 1):
-                args = (i, o, strict, activation)
-                y = kernels.masked_linear(x, w, b, *args)
-                plain, exact = (
-                    reference.masked_linear(x.to(d), w.to(d), b.to(d), *args) for d in (x.dtype, torch.float64)
-                )
-                assert_as_close(f"masked_linear {samples} {activation}", y, plain, exact)
-            rest = (i, o, strict, True, True)
-            ours = kernels.masked_linear_backward(g, x, w, *rest)
-            plain = reference.masked_linear_backward(g, x, w, *rest)
-            exact = reference.masked_linear_backward(g.double(), x.double(), w.double(), *rest)
-            for name, *values in zip(("x", "weight", "bias"), ours, plain, exact, strict=True):
-                assert_as_close(f"gradient of {name} {samples}", *values)
+    check_masked_linear(kernels.masked_linear, kernels.masked_linear_backward, torch.float32)
+
+
+def maf() -> None:
+    from flowkernels.ops.maf import triton as kernels
+
+    interpreted(kernels.sweep_kernel)
+    plans = {
+        "one_feature": 1, "no_hidden": 3, "shuffled": 5, "residual_context": 5, "wide_step": 5, "blocked_layout": 5
+    }  # fmt: skip
+    for inverse in (True, False):
+        for plan, samples in plans.items():
+            check_maf(kernels, [PLANS[plan]()], samples, torch.float32, inverse)
+        check_maf(kernels, [Plan(made_masks(16, [70]), activation="tanh")], 70, torch.float64, inverse)
+        check_maf(kernels, [PLANS["small"]()], 0, torch.float32, inverse)
+        laws = [ScaleLaw("tanh", bound=1.5), ScaleLaw("sigmoid", floor=0.1)]
+        check_maf(kernels, [PLANS["small"](), PLANS["small"]()], 3, torch.float32, inverse, law=laws)
+        for activation in ACTIVATIONS:
+            plan = Plan(made_masks(3, [4]), activation=activation)
+            check_maf(kernels, [plan], 2, torch.float32, inverse, law="sigmoid", form="gate")
 
 
 def gumbel() -> None:
@@ -97,5 +100,5 @@ def gumbel() -> None:
 
 
 if __name__ == "__main__":
-    {"affine_coupling": affine_coupling, "masked_linear": masked_linear, "gumbel": gumbel}[sys.argv[1]]()
+    {"affine_coupling": affine_coupling, "masked_linear": masked_linear, "maf": maf, "gumbel": gumbel}[sys.argv[1]]()
     print(f"{sys.argv[1]}: as the reference says")

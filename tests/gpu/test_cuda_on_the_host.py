@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, made_masks
+from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
 
+from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
 from flowkernels.plan import Plan
-from flowkernels.scales import ScaleLaw
+from flowkernels.scales import FORMS, NAMES, ScaleLaw
+from flowkernels.transforms import RQSpline
 
 FLOATS = (torch.float64, torch.float32)
 
@@ -31,6 +34,12 @@ def test_affine_coupling_shapes(host_kernels: Any, shape: tuple[int, int], layou
         check_affine(host_kernels, *shape, dtype, ScaleLaw("tanh"), "scale_shift", False, layout=layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masked_linear(host_kernels: Any, dtype: torch.dtype) -> None:
+    calls = (masked_linear_cuda.masked_linear, masked_linear_cuda.masked_linear_backward)
+    check_masked_linear(*(functools.partial(call, kernels=host_kernels) for call in calls), dtype)
+
+
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_maf(host_kernels: Any, plan: str, inverse: bool) -> None:
@@ -38,10 +47,40 @@ def test_maf(host_kernels: Any, plan: str, inverse: bool) -> None:
         check_maf(host_kernels, [PLANS[plan]()], samples, dtype, inverse)
 
 
-@pytest.mark.parametrize(("law", "form"), [("exp", "shift_scale"), ("sigmoid", "gate"), ("clip", "scale_shift")])
+@pytest.mark.parametrize(("law", "form"), [*((n, f) for n in NAMES for f in FORMS[:2]), ("sigmoid", "gate")])
 def test_maf_laws(host_kernels: Any, law: str, form: str) -> None:
+    """Two transforms: the second one has to find its own numbers."""
     for inverse in (True, False):
-        check_maf(host_kernels, [PLANS["two_layers"]()], 3, torch.float64, inverse, law=law, form=form)
+        check_maf(host_kernels, [PLANS["small"](), PLANS["small"]()], 3, torch.float64, inverse, law=law, form=form)
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize(
+    "spline", [RQSpline("nflows", 4), RQSpline("zuko", 8, bound=2.0), RQSpline("nflows", 30)], ids=str
+)
+def test_maf_splines(host_kernels: Any, spline: RQSpline, inverse: bool) -> None:
+    plans = [spline_plan(spline, 5, [9, 8], activation="tanh"), spline_plan(spline, 5, [7], activation="silu")]
+    for dtype, samples in zip(FLOATS, (5, 9), strict=True):
+        check_maf(host_kernels, plans, samples, dtype, inverse, law=spline)
+
+
+def test_laws_and_splines_in_one_chain(host_kernels: Any) -> None:
+    spline = RQSpline("nflows", 3, bound=2.0)
+    plans = [PLANS["small"](), spline_plan(spline, 5, [7]), PLANS["small"]()]
+    laws = [ScaleLaw("tanh", bound=1.5), spline, ScaleLaw("softplus", floor=0.1)]
+    for inverse in (True, False):
+        check_maf(host_kernels, plans, 5, torch.float64, inverse, law=laws)
+
+
+def test_a_transform_is_described_in_full(host_kernels: Any) -> None:
+    plan = PLANS["small"]()
+    table, packed = plan.forward_table, torch.zeros(plan.packed_sizes[0])
+    with pytest.raises(RuntimeError, match="described by 6 numbers, got 3"):
+        host_kernels.maf_inverse(torch.zeros(2, 5), None, packed, table, 0, [1.0, 0.0, 0.0], 0, None)
+    with pytest.raises(RuntimeError, match="there is no transform 12"):
+        host_kernels.maf_inverse(torch.zeros(2, 5), None, packed, table, 12, [1.0] * 6, 0, None)
+    with pytest.raises(RuntimeError, match="bins must be 2 to 64, got 65"):
+        host_kernels.maf_inverse(torch.zeros(2, 5), None, packed, table, 8, [1.0] * 5 + [65.0], 0, None)
 
 
 def test_a_chain(host_kernels: Any) -> None:
@@ -56,12 +95,15 @@ def test_no_samples(host_kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("setting", ["FK_SHIM_REVERSE=1", "FK_SHIM_SHARED_MEMORY=60000", "FK_SHIM_SHARED_MEMORY=20000"])
-def test_maf_under_other_circumstances(host_kernels: Any, setting: str) -> None:
+def test_under_other_circumstances(host_kernels: Any, setting: str) -> None:
     """Threads run in the other order, and less shared memory: the results stay right. A missing barrier would show."""
     script = """
 import torch, build
-from cases import PLANS, check_maf
+from cases import PLANS, check_maf, check_masked_linear
+from flowkernels.ops.masked_linear import cuda
 build.load_host_libraries()
+check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.float32)
+check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.bfloat16)
 for plan in ("two_layers", "shuffled", "several_blocks", "residual_context"):
     for inverse in (True, False):
         check_maf(torch.ops.flowkernels_cuda, [PLANS[plan]()], 9, torch.float32, inverse)

@@ -15,9 +15,16 @@ from torch import Tensor
 
 from flowkernels._autograd import Function, not_twice_differentiable
 from flowkernels._library import operator, vmap_loop
+from flowkernels.scales import NAMES as LAWS
 
 _LANES = 16  # csrc/cpu/panels.h: kLanes
 CODES = 4  # numbers per transform in `codes`: law, form, inverse, saved rows
+NUMBERS = 6  # numbers per transform in `numbers`: flowkernels.transforms.code_and_numbers
+
+
+def form_of(codes: Sequence[int]) -> str:
+    """What a chain is called where backends are chosen: not every one runs splines."""
+    return "maf_spline" if any(law >= len(LAWS) for law in codes[::CODES]) else "maf"
 
 
 def _compiled_only(*args: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels.ops.maf.autograd import CODES
+from flowkernels.ops.maf.autograd import CODES, NUMBERS
 
 
 def maf(
@@ -27,7 +27,9 @@ def maf(
     for t, (law, form, inverse, rows, *_) in enumerate(_per_transform(codes)):
         run = kernels.maf_inverse if inverse else kernels.maf_forward
         keep = saved.narrow(0, begin, rows) if rows else None
-        x, logdet = run(x, _context(contexts, t), packed[t], tables[t], law, numbers[3 * t : 3 * t + 3], form, keep)
+        x, logdet = run(
+            x, _context(contexts, t), packed[t], tables[t], law, numbers[NUMBERS * t : NUMBERS * (t + 1)], form, keep
+        )
         total = logdet if total is None else total + logdet
         begin += rows
     return x, x.new_zeros(samples) if total is None else total, saved
@@ -57,7 +59,7 @@ def maf_backward(
         grad_y, grad_context, flat = run(
             grad_y, grad_logdet, saved.narrow(0, end - rows, rows), packed_back[t], groups[t], tables[t],
             tables_back[t],
-            law, numbers[3 * t : 3 * t + 3], form, context_widths[t], want_parameters,
+            law, numbers[NUMBERS * t : NUMBERS * (t + 1)], form, context_widths[t], want_parameters,
         )  # fmt: skip
         contexts.insert(0, grad_context.flatten())
         parameters.insert(0, flat)

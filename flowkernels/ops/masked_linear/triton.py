@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels._triton import INTERPRETED, activate
+from flowkernels.ops.masked_linear.degrees import Sorted
 
 
 @triton.jit
@@ -115,16 +116,6 @@ def _options(dtype: torch.dtype) -> dict[str, int]:
     return {"num_warps": 8, "num_stages": 2 if dtype == torch.float32 else 3}
 
 
-class _Sorted:
-    """Inputs and outputs by degree: order, how many inputs each output reads, which output reads an input first."""
-
-    def __init__(self, in_degrees: Tensor, out_degrees: Tensor, strict: bool) -> None:
-        ins, self.columns = torch.sort(in_degrees, stable=True)
-        outs, self.rows = torch.sort(out_degrees, stable=True)
-        self.depth = torch.searchsorted(ins, outs, right=not strict)
-        self.first = torch.searchsorted(self.depth, torch.arange(len(ins), device=ins.device), right=True)
-
-
 def _tiles(x: Tensor) -> tuple[int, int, int]:
     """(M, N, K): 64 x 64 leaves 53% of a sorted MADE mask to visit; interpreted, few and large ones are fastest."""
     if INTERPRETED:
@@ -153,7 +144,7 @@ def masked_linear(
     samples, inputs, outputs = x.shape[0], weight.shape[1], weight.shape[0]
     y = x.new_empty(samples, outputs)
     if samples and outputs:
-        s = _Sorted(in_degrees, out_degrees, strict)
+        s = Sorted(in_degrees, out_degrees, strict)
         (m, n, k), launch = _tiles(x), _options(x.dtype)
         forward_kernel[(triton.cdiv(samples, m), triton.cdiv(outputs, n))](
             x, weight, y if bias is None else bias, y, s.columns, s.rows, s.depth, samples, inputs, outputs,
@@ -177,7 +168,7 @@ def masked_linear_backward(
 
         return reference.masked_linear_backward(grad, x, weight, in_degrees, out_degrees, strict, want_x, want_weight)
     samples, inputs, outputs = x.shape[0], weight.shape[1], weight.shape[0]
-    s = _Sorted(in_degrees, out_degrees, strict)
+    s = Sorted(in_degrees, out_degrees, strict)
     (m, n, k), launch = _tiles(x), _options(x.dtype)
     grad_x = x.new_empty(samples if want_x else 0, inputs)
     if want_x and samples and inputs:
