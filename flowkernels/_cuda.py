@@ -22,15 +22,27 @@ TRITON = {
     "affine_coupling_backward": ("flowkernels.ops.affine_coupling.triton", "affine_coupling_backward"),
     "masked_linear": ("flowkernels.ops.masked_linear.triton", "masked_linear"),
     "masked_linear_backward": ("flowkernels.ops.masked_linear.triton", "masked_linear_backward"),
+    "maf_pack": ("flowkernels.ops.maf.triton", "maf_pack"),
+    "maf": ("flowkernels.ops.maf.triton", "maf"),
+    "maf_backward": ("flowkernels.ops.maf.triton", "maf_backward"),
     "gumbel_softmax": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax"),
     "gumbel_softmax_backward": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax_backward"),
     "gumbel_argmax": ("flowkernels.ops.gumbel_argmax.triton", "gumbel_argmax"),
 }
 
-# Operators that need Python around their CUDA C++ kernels: one call becomes several.
+# Operators that need Python around their CUDA C++ kernels: one call becomes several, or gets more arguments. Module,
+# function, and a kernel that it calls.
 COMPOSED = {
-    "maf": ("flowkernels.ops.maf.cuda", "maf"),
-    "maf_backward": ("flowkernels.ops.maf.cuda", "maf_backward"),
+    "masked_linear": ("flowkernels.ops.masked_linear.cuda", "masked_linear", "masked_linear"),
+    "masked_linear_backward": (
+        "flowkernels.ops.masked_linear.cuda",
+        "masked_linear_backward",
+        "masked_linear_backward",
+    ),
+    "maf": ("flowkernels.ops.maf.cuda", "maf", "maf_inverse"),
+    "maf_backward": ("flowkernels.ops.maf.cuda", "maf_backward", "maf_inverse_backward"),
+    "maf_spline": ("flowkernels.ops.maf.cuda", "maf", "maf_inverse"),
+    "maf_spline_backward": ("flowkernels.ops.maf.cuda", "maf_backward", "maf_inverse_backward"),
 }
 
 # Operators whose kernels, C++ or Triton, are called by a function that gets the kernel first.
@@ -55,9 +67,8 @@ def has_triton() -> bool:
 def has_kernel(name: str, operator: str) -> bool:
     """Whether backend `name` has a kernel for `operator`, leaving aside whether this machine can run it."""
     if name == "cuda":
-        return _library.is_built() and hasattr(
-            torch.ops.flowkernels_cuda, "maf_pack" if operator in COMPOSED else operator
-        )
+        kernel = COMPOSED[operator][2] if operator in COMPOSED else operator
+        return _library.is_built() and hasattr(torch.ops.flowkernels_cuda, kernel)
     return operator in TRITON and importlib.util.find_spec(TRITON[operator][0]) is not None
 
 
@@ -150,15 +161,23 @@ def _kernel(name: str, operator: str) -> Callable[..., Any]:
     return functools.partial(_function(WRAPPED[operator]), found) if operator in WRAPPED else found
 
 
-def _function(where: tuple[str, str]) -> Callable[..., Any]:
+def _function(where: tuple[str, ...]) -> Callable[..., Any]:
     found: Callable[..., Any] = getattr(importlib.import_module(where[0]), where[1])
     return found
+
+
+# Which argument says what the transforms of a chain are.
+_CODES_AT = {"maf": 4, "maf_backward": 7}
 
 
 def run(operator: str, reference: Callable[..., Any], *args: Any) -> Any:
     """An operator on CUDA tensors."""
     from flowkernels._backend import backend
 
+    if operator in _CODES_AT:
+        from flowkernels.ops.maf.autograd import form_of
+
+        operator = operator.replace("maf", form_of(args[_CODES_AT[operator]]))
     name, _ = choose(operator, backend())
     return (reference if name == "reference" else _kernel(name, operator))(*args)
 
@@ -168,7 +187,7 @@ def explain() -> list[str]:
     if not torch.cuda.is_available():
         return ["GPU: torch sees no CUDA device"]
     lines = [f"GPU: {torch.cuda.get_device_name()}"]
-    for operator in ("affine_coupling", "masked_linear", "maf", "gumbel_softmax", "gumbel_argmax"):
+    for operator in ("affine_coupling", "masked_linear", "maf", "maf_spline", "gumbel_softmax", "gumbel_argmax"):
         name, why = choose(operator, "auto")
         lines.append(f"  {operator}: {name} ({why})")
     properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -195,6 +195,66 @@ def slope_of(u, LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.const
 
 
 @triton.jit
+def affine(
+    x, shift, u, LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    FORM: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """(y, log-det) of csrc/common/affine.h."""
+    sigma, log_sigma = scale_of(u, LAW, A, B, C)
+    complement = sigma
+    if FORM == GATE:
+        complement = sigmoid(-(u + A)) - B
+    if INVERSE:
+        if FORM == SCALE_SHIFT:
+            y = (x - shift) / sigma
+        elif FORM == SHIFT_SCALE:
+            y = x / sigma - shift
+        else:
+            y = (x - complement * shift) / sigma
+        return y, -log_sigma
+    else:
+        if FORM == SCALE_SHIFT:
+            y = sigma * x + shift
+        elif FORM == SHIFT_SCALE:
+            y = (x + shift) * sigma
+        else:
+            y = sigma * x + complement * shift
+        return y, log_sigma
+
+
+@triton.jit
+def affine_backward(
+    grad_y, grad_logdet, x, shift, u, LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    FORM: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of (x, shift, u)."""
+    sigma, _ = scale_of(u, LAW, A, B, C)
+    slope = slope_of(u, LAW, A, B, C)
+    complement = sigma
+    if FORM == GATE:
+        complement = sigmoid(-(u + A)) - B
+    # dy / dlog sigma is sigma w forward and -w backward, with w = x, x + t or x - t of the flow's x.
+    if INVERSE:
+        grad_x = grad_y / sigma
+        if FORM == SCALE_SHIFT:
+            w, grad_shift = (x - shift) / sigma, -grad_x
+        elif FORM == SHIFT_SCALE:
+            w, grad_shift = x / sigma, -grad_y
+        else:
+            w, grad_shift = (x - shift) / sigma, -grad_x * complement
+        return grad_x, grad_shift, -(grad_y * w + grad_logdet) * slope
+    else:
+        grad_x = grad_y * sigma
+        if FORM == SCALE_SHIFT:
+            w, grad_shift = x, grad_y
+        elif FORM == SHIFT_SCALE:
+            w, grad_shift = x + shift, grad_x
+        else:
+            w, grad_shift = x - shift, grad_y * complement
+        return grad_x, grad_shift, (grad_x * w + grad_logdet) * slope
+
+
+@triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
     """The activations of csrc/common/activations.h, by number."""
     if ACTIVATION == 1:
@@ -215,6 +275,31 @@ def activate(v, ACTIVATION: tl.constexpr):
         return softplus(v)
     else:
         return v
+
+
+@triton.jit
+def slope_from_kept(a, ACTIVATION: tl.constexpr):
+    """d activate / dv from a = activate(v); for silu (4) and gelu (6), which are not monotonic, a is v itself."""
+    if ACTIVATION == 1:
+        return tl.where(a > 0.0, a * 0.0 + 1.0, a * 0.0)
+    elif ACTIVATION == 2:
+        return (1.0 - a) * (1.0 + a)
+    elif ACTIVATION == 3:
+        return tl.where(a > 0.0, a * 0.0 + 1.0, a + 1.0)
+    elif ACTIVATION == 4:
+        s = sigmoid(a)
+        return s * (1.0 + a * (1.0 - s))
+    elif ACTIVATION == 5:
+        return tl.where(a > 0.0, a * 0.0 + 1.0, a * 0.0 + 0.01)
+    elif ACTIVATION == 6:
+        cdf = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
+        return cdf + a * 0.3989422804014327 * exp(-0.5 * a * a)
+    elif ACTIVATION == 7:
+        return a * (1.0 - a)
+    elif ACTIVATION == 8:
+        return -expm1(-a)
+    else:
+        return a * 0.0 + 1.0
 
 
 # ---- random streams: csrc/common/philox.h ----------------------------------------------------------------------

@@ -7,6 +7,8 @@ import torch
 
 import flowkernels as fk
 from flowkernels import _cuda
+from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline, code_and_numbers
 
 
 @pytest.fixture
@@ -17,7 +19,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
     monkeypatch.setattr(_cuda._library, "is_built", lambda: True)
-    monkeypatch.setattr(_cuda, "has_kernel", lambda name, operator: operator != "rq_spline")
+    monkeypatch.setattr(
+        _cuda,
+        "has_kernel",
+        lambda name, operator: operator != "rq_spline" and (name, operator) != ("triton", "maf_spline"),
+    )
     monkeypatch.setattr(_cuda, "built_for", lambda: (80, 90))
     monkeypatch.setattr(_cuda, "has_triton", lambda: True)
     return monkeypatch
@@ -47,6 +53,27 @@ def test_forced_backends(machine: pytest.MonkeyPatch) -> None:
         _cuda.choose("rq_spline", "cuda")
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run affine_coupling on CUDA tensors"):
         _cuda.choose("affine_coupling", "cpu")
+
+
+def test_a_chain_with_a_spline_is_a_matter_of_its_own(machine: pytest.MonkeyPatch) -> None:
+    """Triton has affine transforms only: that is decided before anything is launched, and said."""
+    assert _cuda.choose("maf_spline", "auto")[0] == "cuda"
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run maf_spline: there is no Triton kernel"):
+        _cuda.choose("maf_spline", "triton")
+    machine.setattr(_cuda, "built_for", lambda: (80,))
+    name, why = _cuda.choose("maf_spline", "auto")
+    assert name == "reference"
+    assert "not triton: there is no Triton kernel for maf_spline" in why
+
+
+def test_the_table_knows_the_chain_by_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(_cuda, "choose", lambda operator, forced: (asked.append(operator), ("reference", ""))[1])
+    affine, spline = code_and_numbers(ScaleLaw("exp"))[0], code_and_numbers(RQSpline())[0]
+    for codes in ([affine, 0, 0, 0], [affine, 0, 0, 0, spline, 0, 0, 0]):
+        _cuda.run("maf", lambda *_: None, None, [], [], [], codes, [])
+        _cuda.run("maf_backward", lambda *_: None, None, None, None, [], [], [], [], codes)
+    assert asked == ["maf", "maf_backward", "maf_spline", "maf_spline_backward"]
 
 
 def test_an_architecture_of_the_same_family_will_do(machine: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("what", ["affine_coupling", "masked_linear", "gumbel"])
+@pytest.mark.parametrize("what", ["affine_coupling", "masked_linear", "maf", "gumbel"])
 def test_interpreted(triton: object, what: str) -> None:
     path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

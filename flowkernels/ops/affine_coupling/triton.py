@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels._checks import COMPUTE_DTYPE
-from flowkernels._triton import GATE, SCALE_SHIFT, SHIFT_SCALE, next_power_of_2, scale_of, sigmoid, slope_of
+from flowkernels._triton import affine, affine_backward, next_power_of_2
 
 MAX_BLOCK = 1024
 
@@ -33,30 +33,12 @@ def forward_kernel(
             live = inside & (at >= 0)
         shift = tl.load(shift_ptr + r * shift_row + at * shift_column, mask=live, other=0.0).to(COMPUTE)
         u = tl.load(scale_ptr + r * scale_row + at * scale_column, mask=live, other=0.0).to(COMPUTE)
-        sigma, log_sigma = scale_of(u, LAW, A, B, C)
-        if FORM == SCALE_SHIFT:
-            if INVERSE:
-                y = (x - shift) / sigma
-            else:
-                y = sigma * x + shift
-        elif FORM == SHIFT_SCALE:
-            if INVERSE:
-                y = x / sigma - shift
-            else:
-                y = (x + shift) * sigma
-        else:
-            complement = sigmoid(-(u + A)) - B
-            if INVERSE:
-                y = (x - complement * shift) / sigma
-            else:
-                y = sigma * x + complement * shift
+        y, one = affine(x, shift, u, LAW, A, B, C, FORM, INVERSE)
         if MASKED:
             y = tl.where(live, y, x)
         tl.store(y_ptr + r * features + c, y.to(y_ptr.dtype.element_ty), mask=inside)
-        total += tl.where(live, log_sigma, 0.0)
+        total += tl.where(live, one, 0.0)
     logdet = tl.sum(total, 1)
-    if INVERSE:
-        logdet = -logdet
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if RUNNING:
         logdet += tl.load(logdet_in_ptr + row, mask=row < rows, other=0.0)
@@ -85,30 +67,9 @@ def backward_kernel(
             live = inside & (at >= 0)
         shift = tl.load(shift_ptr + r * shift_row + at * shift_column, mask=live, other=0.0).to(COMPUTE)
         u = tl.load(scale_ptr + r * scale_row + at * scale_column, mask=live, other=0.0).to(COMPUTE)
-        sigma, _ = scale_of(u, LAW, A, B, C)
-        slope = slope_of(u, LAW, A, B, C)
-        complement = sigma
-        if FORM == GATE:
-            complement = sigmoid(-(u + A)) - B
-        # dy / dlog sigma is sigma w forward and -w backward, with w = x, x + t or x - t of the flow's x.
-        if INVERSE:
-            grad_x = grad_y / sigma
-            if FORM == SCALE_SHIFT:
-                w, grad_shift = (x - shift) / sigma, -grad_x
-            elif FORM == SHIFT_SCALE:
-                w, grad_shift = x / sigma, -grad_y
-            else:
-                w, grad_shift = (x - shift) / sigma, -grad_x * complement
-            grad_u = -(grad_y * w + grad_logdet) * slope
-        else:
-            grad_x = grad_y * sigma
-            if FORM == SCALE_SHIFT:
-                w, grad_shift = x, grad_y
-            elif FORM == SHIFT_SCALE:
-                w, grad_shift = x + shift, grad_x
-            else:
-                w, grad_shift = x - shift, grad_y * complement
-            grad_u = (grad_x * w + grad_logdet) * slope
+        grad_x, grad_shift, grad_u = affine_backward(
+            grad_y, grad_logdet, x, shift, u, LAW, A, B, C, FORM, INVERSE
+        )  # fmt: skip
         if MASKED:
             grad_x = tl.where(live, grad_x, grad_y)
         tl.store(grad_x_ptr + r * features + c, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)

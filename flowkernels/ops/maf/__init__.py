@@ -101,7 +101,7 @@ def run_chain(x: Tensor, steps: Sequence[Step], *, density: bool = False) -> tup
     if x.dtype != dtype:
         y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype) for step in steps], density=density)
         return y.to(x.dtype), logdet
-    if runs_reference(x, "maf"):
+    if runs_reference(x, _form_of(steps) if x.is_cuda else "maf"):
         return _reference_chain(x, steps, density)
     device = x.device
     grad = torch.is_grad_enabled() and (x.requires_grad or any(_step_needs_grad(step) for step in steps))
@@ -128,6 +128,11 @@ def run_chain(x: Tensor, steps: Sequence[Step], *, density: bool = False) -> tup
     tensors = [t for group in groups for t in group]
     y, logdet, _ = Maf.apply(x, tuple(map(len, groups)), codes, numbers, density, *tensors)
     return y, logdet
+
+
+def _form_of(steps: Sequence[Step]) -> str:
+    """As `flowkernels.ops.maf.autograd.form_of`."""
+    return "maf_spline" if any(isinstance(step.law, RQSpline) for step in steps) else "maf"
 
 
 def _step_needs_grad(step: Step) -> bool:
