@@ -179,7 +179,16 @@ def run(operator: str, reference: Callable[..., Any], *args: Any) -> Any:
 
         operator = operator.replace("maf", form_of(args[_CODES_AT[operator]]))
     name, _ = choose(operator, backend())
-    return (reference if name == "reference" else _kernel(name, operator))(*args)
+    if name != "triton":
+        return (reference if name == "reference" else _kernel(name, operator))(*args)
+    # Triton launches on the current device, whatever its tensors say; C++ kernels look at the tensors.
+    with torch.cuda.device(_device_of(args)):
+        return _kernel(name, operator)(*args)
+
+
+def _device_of(args: Any) -> torch.device:
+    flat = (item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    return next(item.device for item in flat if isinstance(item, torch.Tensor))
 
 
 def explain() -> list[str]:

@@ -24,7 +24,11 @@ inline constexpr int kTile = 64, kProductThreads = 128;
 template <class S>
 inline constexpr int kStep = sizeof(S) == 2 ? 32 : 16;
 template <class S>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr bool kTensorCores = false;  // none for bfloat16
+#else
 inline constexpr bool kTensorCores = sizeof(S) == 2;
+#endif
 
 // Blocks on one multiprocessor: it bounds the registers. With four, what waits of two half operands would spill.
 template <class S>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import torch
 from cases import (
@@ -63,6 +64,21 @@ def maf() -> None:
             check_maf(kernels, [plan], 2, torch.float32, inverse, law="sigmoid", form="gate")
 
 
+def either_layout() -> None:
+    """What C++ packs or keeps Triton reads, and the other way round: each may run a part of one chain."""
+    import build
+    from flowkernels.ops.maf import triton as kernels
+
+    build.load_host_libraries()
+    names = ("maf_pack", "maf_forward", "maf_inverse", "maf_forward_backward", "maf_inverse_backward")
+    compiled = torch.ops.flowkernels_cuda
+    for plan in ("shuffled", "residual_context"):  # activations whose slopes need the input, or only the output
+        for forwards, backwards in ((kernels, compiled), (compiled, kernels)):
+            mixed = {n: getattr(backwards if n.endswith("backward") else forwards, n) for n in names}
+            for inverse in (True, False):
+                check_maf(SimpleNamespace(**mixed), [PLANS[plan]()], 5, torch.float32, inverse)
+
+
 def gumbel() -> None:
     from flowkernels.ops.gumbel_argmax import reference as argmax_reference
     from flowkernels.ops.gumbel_argmax import triton as argmax
@@ -100,5 +116,6 @@ def gumbel() -> None:
 
 
 if __name__ == "__main__":
-    {"affine_coupling": affine_coupling, "masked_linear": masked_linear, "maf": maf, "gumbel": gumbel}[sys.argv[1]]()
+    checks = (affine_coupling, masked_linear, maf, either_layout, gumbel)
+    {check.__name__: check for check in checks}[sys.argv[1]]()
     print(f"{sys.argv[1]}: as the reference says")

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, made_masks
+from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
 
 import flowkernels as fk
 from flowkernels import _cuda
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
+from flowkernels.transforms import RQSpline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 
@@ -44,31 +45,44 @@ def test_affine_coupling(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_maf(plan: str, inverse: bool) -> None:
-    kernels = kernels_of("cuda", "maf")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_maf(name: str, plan: str, inverse: bool) -> None:
+    kernels = kernels_of(name, "maf")
     for dtype in (torch.float64, torch.float32):
         for samples in (1, 9, 1000):
             check_maf(kernels, [PLANS[plan]()], samples, dtype, inverse, device="cuda")
 
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
-def test_maf_at_real_sizes(inverse: bool) -> None:
-    check_maf(
-        kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float64, inverse, device="cuda"
-    )
-    check_maf(
-        kernels_of("cuda", "maf"), [Plan(made_masks(63, [512, 512]))], 1000, torch.float32, inverse, device="cuda"
-    )
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_maf_at_real_sizes(name: str, inverse: bool) -> None:
+    kernels = kernels_of(name, "maf")
+    for dtype in (torch.float64, torch.float32):
+        check_maf(kernels, [Plan(made_masks(63, [512, 512]))], 1000, dtype, inverse, device="cuda")
 
 
-def test_maf_of_images() -> None:
-    kernels_of("cuda", "maf")
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+def test_maf_of_splines_and_laws(inverse: bool) -> None:
+    kernels = kernels_of("cuda", "maf_spline")
+    for spline in (RQSpline("nflows", 8), RQSpline("zuko", 8), RQSpline("nflows", 64)):
+        plans = [spline_plan(spline, 5, [40, 30]), Plan(made_masks(5, [30]))]
+        for samples in (1, 9, 1000):
+            check_maf(
+                kernels, plans, samples, torch.float64, inverse, law=[spline, ScaleLaw("tanh", bound=1.5)],
+                device="cuda",
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_maf_of_images(name: str) -> None:
+    kernels_of(name, "maf")
     torch.manual_seed(0)
     flow = fk.models.MAF(784, (1024, 1024), 1).cuda()
     z = torch.randn(40, 784, device="cuda")
     with torch.no_grad():
-        x, logdet = flow.inverse(z)
-        again, back = flow.transform(x)
+        with fk.use_backend(name):
+            x, logdet = flow.inverse(z)
+            again, back = flow.transform(x)
         with fk.use_backend("reference"):
             exact = flow.double().inverse(z.double())
     assert torch.allclose(x.double(), exact[0], rtol=1e-4, atol=1e-4)
@@ -109,41 +123,14 @@ def test_gumbel(name: str, rows: int, classes: int) -> None:
         assert torch.allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_masked_linear(dtype: torch.dtype) -> None:
-    from flowkernels.ops.masked_linear import reference
-
-    kernels = kernels_of("triton", "masked_linear")
-    for samples, inputs, outputs, top in (
-        (0, 3, 4, 3),
-        (1, 1, 1, 1),
-        (5, 7, 9, 4),
-        (70, 130, 150, 12),
-        (3000, 300, 265, 200),
-    ):
-        i, o = (torch.randint(0, top, (n,), device="cuda") for n in (inputs, outputs))
-        x, w, b, g = (torch.randn(*s, device="cuda", dtype=dtype) for s in
-                      ((samples, inputs), (outputs, inputs), (outputs,), (samples, outputs)))  # fmt: skip
-        bound = 1e-5 if dtype == torch.float32 else 2e-2
-
-        def close(a: torch.Tensor, b: torch.Tensor, bound: float = bound) -> None:
-            assert a.shape == b.shape
-            if a.numel():
-                assert (a.double() - b).abs().max() <= bound * max(1.0, b.abs().max().item())
-
-        for activation in range(9):
-            args = (i, o, activation % 2 == 0, activation)
-            close(
-                kernels.masked_linear(x, w, b, *args),
-                reference.masked_linear(x.double(), w.double(), b.double(), *args),
-            )
-        rest = (i, o, False, True, True)
-        for ours, exact in zip(
-            kernels.masked_linear_backward(g, x, w, *rest),
-            reference.masked_linear_backward(g.double(), x.double(), w.double(), *rest),
-            strict=True,
-        ):
-            close(ours, exact)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_masked_linear(name: str, dtype: torch.dtype) -> None:
+    kernels_of(name, "masked_linear")
+    calls = (_cuda._kernel(name, operator) for operator in ("masked_linear", "masked_linear_backward"))
+    check_masked_linear(*calls, dtype, device="cuda")
+    calls = (_cuda._kernel(name, operator) for operator in ("masked_linear", "masked_linear_backward"))
+    check_masked_linear(*calls, dtype, shapes=((3000, 300, 265, 200),), device="cuda")
 
 
 # ---- through the public faces ---------------------------------------------------------------------------------------
@@ -169,12 +156,23 @@ def test_the_chain_has_a_gradient() -> None:
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_captured_in_a_graph() -> None:
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_captured_in_a_graph(name: str) -> None:
+    kernels_of(name, "maf")
     flow = fk.models.MAF(20, (40, 40), 2).cuda().requires_grad_(False)
+    layer = fk.nn.MADE(20, (40,)).cuda().requires_grad_(False)
     z = torch.randn(70, 20, device="cuda")
     x = torch.randn(9, 16, device="cuda")
-    calls = [lambda: flow.inverse(z), lambda: flow.transform(z), lambda: fk.ops.affine_coupling(x, x, x)]
-    for call in calls:
+    calls = [
+        lambda: flow.inverse(z), lambda: flow.transform(z), lambda: fk.ops.affine_coupling(x, x, x),
+        lambda: (layer(z),),
+    ]  # fmt: skip
+    for plain in calls:
+
+        def call(plain: Any = plain) -> Any:
+            with fk.use_backend(name):
+                return plain()
+
         expected = [t.clone() for t in call()]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -76,6 +78,15 @@ def test_the_table_knows_the_chain_by_its_codes(monkeypatch: pytest.MonkeyPatch)
     assert asked == ["maf", "maf_backward", "maf_spline", "maf_spline_backward"]
 
 
+def test_triton_launches_where_its_tensors_are(machine: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    machine.setattr(torch.cuda, "device", lambda device: (current.append(device), contextlib.nullcontext())[1])
+    machine.setattr(_cuda, "choose", lambda operator, forced: ("triton", ""))
+    machine.setattr(_cuda, "_kernel", lambda name, operator: lambda *args: "ran")
+    assert _cuda.run("maf_pack", lambda *_: None, [torch.zeros(2)], [], torch.zeros(1), 3) == "ran"
+    assert current == [torch.device("cpu")]
+
+
 def test_an_architecture_of_the_same_family_will_do(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     assert _cuda.choose("maf", "auto")[0] == "cuda"
@@ -96,7 +107,7 @@ def test_explain_names_every_family(machine: pytest.MonkeyPatch) -> None:
 
     machine.setattr(torch.cuda, "get_device_properties", lambda *_: Properties())
     text = "\n".join(_cuda.explain())
-    for operator in ("affine_coupling", "masked_linear", "maf", "gumbel_softmax"):
+    for operator in ("affine_coupling", "masked_linear", "maf", "maf_spline", "gumbel_softmax"):
         assert f"{operator}: cuda (not measured yet" in text
     assert "99 KB of shared memory" in text
 

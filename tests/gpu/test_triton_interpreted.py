@@ -16,7 +16,17 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("what", ["affine_coupling", "masked_linear", "maf", "gumbel"])
 def test_interpreted(triton: object, what: str) -> None:
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    run(what)
+
+
+def test_either_layout(triton: object, host_kernels: object) -> None:
+    run("either_layout")
+
+
+def run(what: str) -> None:
+    path = os.pathsep.join(
+        [str(HERE), str(HERE.parent / "cuda"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(HERE / "interpreted.py"), what],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}, capture_output=True, text=True,

@@ -1,4 +1,7 @@
-"""Chains of autoregressive transforms on CUDA: one launch per transform and direction."""
+"""Chains of autoregressive transforms on CUDA tensors: one call of a kernel per transform and direction.
+
+`kernels` is the compiled library's namespace, or has functions of the same names (`flowkernels.ops.maf.triton`).
+"""
 
 from __future__ import annotations
 
