@@ -14,6 +14,7 @@ import torch
 from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
 
 from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
+from flowkernels.ops.masked_linear.degrees import sorted_degrees
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
 from flowkernels.transforms import RQSpline
@@ -38,6 +39,22 @@ def test_affine_coupling_shapes(host_kernels: Any, shape: tuple[int, int], layou
 def test_masked_linear(host_kernels: Any, dtype: torch.dtype) -> None:
     calls = (masked_linear_cuda.masked_linear, masked_linear_cuda.masked_linear_backward)
     check_masked_linear(*(functools.partial(call, kernels=host_kernels) for call in calls), dtype)
+
+
+def test_degrees_are_sorted_once() -> None:
+    i, o = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
+    first = sorted_degrees(i, o, False)
+    assert first.depth.tolist() == [1, 2]
+    assert sorted_degrees(i, o, False) is first
+    assert sorted_degrees(i, o, True).depth.tolist() == [0, 1]
+    assert sorted_degrees(i, o.clone(), False) is not first
+    i[0] = 0
+    assert sorted_degrees(i, o, False).depth.tolist() == [2, 3]
+    o[1] = 7
+    assert sorted_degrees(i, o, False).rows.tolist() == [0, 1]
+    with torch.inference_mode():
+        i, o = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
+        assert sorted_degrees(i, o, False).depth.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])

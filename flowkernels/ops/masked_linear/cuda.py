@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels.ops.masked_linear.degrees import Sorted
+from flowkernels.ops.masked_linear.degrees import sorted_degrees
 
 
 def masked_linear(
@@ -21,7 +21,7 @@ def masked_linear(
     *,
     kernels: Any = torch.ops.flowkernels_cuda,
 ) -> Tensor:
-    s = Sorted(in_degrees, out_degrees, strict)
+    s = sorted_degrees(in_degrees, out_degrees, strict)
     y: Tensor = kernels.masked_linear(x, weight, bias, s.columns, s.rows, s.depth, activation)
     return y
 
@@ -38,7 +38,7 @@ def masked_linear_backward(
     *,
     kernels: Any = torch.ops.flowkernels_cuda,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    s = Sorted(in_degrees, out_degrees, strict)
+    s = sorted_degrees(in_degrees, out_degrees, strict)
     grads: tuple[Tensor, Tensor, Tensor] = kernels.masked_linear_backward(
         grad, x, weight, s.columns, s.rows, s.depth, s.first, want_x, want_weight
     )

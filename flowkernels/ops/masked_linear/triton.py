@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels._triton import INTERPRETED, activate
-from flowkernels.ops.masked_linear.degrees import Sorted
+from flowkernels.ops.masked_linear.degrees import sorted_degrees
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def masked_linear(
     samples, inputs, outputs = x.shape[0], weight.shape[1], weight.shape[0]
     y = x.new_empty(samples, outputs)
     if samples and outputs:
-        s = Sorted(in_degrees, out_degrees, strict)
+        s = sorted_degrees(in_degrees, out_degrees, strict)
         (m, n, k), launch = _tiles(x), _options(x.dtype)
         forward_kernel[(triton.cdiv(samples, m), triton.cdiv(outputs, n))](
             x, weight, y if bias is None else bias, y, s.columns, s.rows, s.depth, samples, inputs, outputs,
@@ -168,7 +168,7 @@ def masked_linear_backward(
 
         return reference.masked_linear_backward(grad, x, weight, in_degrees, out_degrees, strict, want_x, want_weight)
     samples, inputs, outputs = x.shape[0], weight.shape[1], weight.shape[0]
-    s = Sorted(in_degrees, out_degrees, strict)
+    s = sorted_degrees(in_degrees, out_degrees, strict)
     (m, n, k), launch = _tiles(x), _options(x.dtype)
     grad_x = x.new_empty(samples if want_x else 0, inputs)
     if want_x and samples and inputs:
