@@ -165,7 +165,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
 def check_maf(
     kernels: Any, plans: Sequence[Plan], samples: int, dtype: torch.dtype, inverse: bool, *,
     law: str | ScaleLaw | RQSpline | Sequence[ScaleLaw | RQSpline] = "softplus", form: str = "scale_shift",
-    device: str = "cpu",
+    density: bool = False, device: str = "cpu",
 ) -> None:  # fmt: skip
     """A chain of transforms, forwards and backwards; `law` is that of all, or one of each."""
     generator = torch.Generator().manual_seed(samples)
@@ -191,14 +191,15 @@ def check_maf(
         for c in (code, FORMS.index(form), inverse, p.saved_rows[inverse] if keep else 0)
     ]  # fmt: skip
     numbers = [n for _, described in named for n in described]
-    y, logdet, _ = maf_cuda.maf(x, contexts, packed, forward_tables, codes(False), numbers, kernels=kernels)
+    y, logdet, _ = maf_cuda.maf(x, contexts, packed, forward_tables, codes(False), numbers, density, kernels=kernels)
     again, logdet_again, saved = maf_cuda.maf(
-        x, contexts, packed, forward_tables, codes(True), numbers, kernels=kernels
+        x, contexts, packed, forward_tables, codes(True), numbers, density, kernels=kernels
     )
     assert torch.equal(y, again), "keeping activations changes the result"
     assert torch.equal(logdet, logdet_again)
+    given = torch.addcmul(grad_y, grad_logdet.unsqueeze(1), y, value=-1) if density else grad_y
     grad_x, grad_contexts, flat = maf_cuda.maf_backward(
-        grad_y, grad_logdet, saved, back, masks, forward_tables, backward_tables, codes(True), numbers,
+        given, grad_logdet, saved, back, masks, forward_tables, backward_tables, codes(True), numbers,
         [p.context_width for p in plans], True, kernels=kernels,
     )  # fmt: skip
     got = [y, logdet, grad_x, *grad_contexts.split([c.numel() for c in contexts])]
@@ -214,6 +215,8 @@ def check_maf(
             transform = maf.maf_inverse if inverse else maf.maf_forward
             out, logdet = transform(out, context if plan.context_width else None, plan, own, one, form)
             total = total + logdet
+        if density:
+            total = total + maf.log_normal(out)
         leaves = [start, *terms, *(w for own in weights for w in own)]
         grads = torch.autograd.grad([out, total], leaves, [c.detach() for c in cotangents], allow_unused=True)
         return [out.detach(), total.detach()] + [

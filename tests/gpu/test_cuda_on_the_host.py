@@ -104,6 +104,7 @@ def test_a_chain(host_kernels: Any) -> None:
     plans = [PLANS["residual_context"](), Plan(made_masks(7, [11])), PLANS["residual_context"]()]
     for inverse in (True, False):
         check_maf(host_kernels, plans, 5, torch.float32, inverse)
+    check_maf(host_kernels, plans, 5, torch.float64, False, density=True)
 
 
 def test_no_samples(host_kernels: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 
 import pytest
 import torch
@@ -76,6 +78,24 @@ def test_the_table_knows_the_chain_by_its_codes(monkeypatch: pytest.MonkeyPatch)
         _cuda.run("maf", lambda *_: None, None, [], [], [], codes, [])
         _cuda.run("maf_backward", lambda *_: None, None, None, None, [], [], [], [], codes)
     assert asked == ["maf", "maf_backward", "maf_spline", "maf_spline_backward"]
+
+
+def test_functions_take_what_their_operators_give() -> None:
+    """On a device the dispatcher would find out; here it has to be seen without one."""
+    checked = 0
+    for table in (_cuda.COMPOSED, _cuda.TRITON):
+        for operator, (module, name, *_) in table.items():
+            if "spline" in operator or (module.endswith("triton") and not _cuda.has_triton()):
+                continue
+            parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+            if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+                continue  # hands on what it gets
+            takes = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            if not (table is _cuda.TRITON and operator in _cuda.WRAPPED):
+                gives = [a.name for a in getattr(torch.ops.flowkernels, operator).default._schema.arguments]
+                assert takes == gives, (operator, module)
+                checked += 1
+    assert checked >= 4
 
 
 def test_triton_launches_where_its_tensors_are(machine: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowkernels.ops.maf.autograd import CODES, NUMBERS
+from flowkernels.ops.maf.reference import log_normal
 
 
 def maf(
@@ -21,6 +22,7 @@ def maf(
     tables: Sequence[Tensor],
     codes: list[int],
     numbers: list[float],
+    density: bool,
     *,
     kernels: Any = torch.ops.flowkernels_cuda,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +37,9 @@ def maf(
         )
         total = logdet if total is None else total + logdet
         begin += rows
-    return x, x.new_zeros(samples) if total is None else total, saved
+    if total is None:
+        total = x.new_zeros(samples)
+    return x, total + log_normal(x) if density else total, saved
 
 
 def maf_backward(
