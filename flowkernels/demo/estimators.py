@@ -70,7 +70,7 @@ def measure(estimator: str, tau: float | None, draws: int, seed: int = 0) -> Mea
 def study(draws: int = 200_000, seed: int = 0) -> list[Measured]:
     """Every estimator, those with a temperature over `TAUS`."""
     results = []
-    for estimator in ("gumbel", "gumbel_straight_through"):
+    for estimator in ("gumbel", "gumbel_straight_through", "rebar"):
         results += [measure(estimator, tau, draws, seed) for tau in TAUS]
     for estimator in ("straight_through", "score_function", "score_function_leave_one_out"):
         results.append(measure(estimator, None, draws, seed))

@@ -89,6 +89,7 @@ class DiscreteVAE(nn.Module):
         tau: float | Tensor = 1.0,
         samples: int = 1,
         baseline: Baseline = None,
+        eta: float | Tensor = 1.0,
         entropy: str = "exact",
         seed: Seed = None,
     ) -> Tensor:
@@ -100,6 +101,7 @@ class DiscreteVAE(nn.Module):
             tau=tau,
             samples=samples,
             baseline=baseline,
+            eta=eta,
             entropy=entropy,
             seed=seed,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from flowkernels import testing
 from flowkernels.demo.estimators import gradients, measure
 from flowkernels.objectives import (
+    ESTIMATORS,
     MovingAverage,
     categorical_entropy,
     elbo_discrete,
@@ -56,7 +57,7 @@ def test_exact_with_an_impossible_category() -> None:
 
 
 @pytest.mark.parametrize("entropy", ["exact", "sampled"])
-@pytest.mark.parametrize("estimator", ["gumbel_straight_through", "straight_through", "score_function"])
+@pytest.mark.parametrize("estimator", ["gumbel_straight_through", "straight_through", "score_function", "rebar"])
 def test_values_are_unbiased(estimator: str, entropy: str) -> None:
     logits = testing.random_tensor((1, 3, 2), torch.float64)
     exact = elbo_discrete(logits, target, estimator="exact")
@@ -76,10 +77,50 @@ def test_score_function_is_unbiased(name: str) -> None:
     assert unbiased(gradients(name, None, DRAWS, seed=3))
 
 
-def test_sampled_entropy_keeps_the_score_function_unbiased() -> None:
+@pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
+def test_rebar_is_unbiased_at_any_temperature(tau: float) -> None:
+    assert unbiased(gradients("rebar", tau, DRAWS, seed=3))
+
+
+def test_rebar_lowers_the_variance() -> None:
+    plain, mild, warm = measure("score_function", None, DRAWS), *(measure("rebar", tau, DRAWS) for tau in (0.5, 2.0))
+    assert mild.variance < plain.variance / 4
+    assert mild.variance < warm.variance
+
+
+def test_rebar_without_its_control_variate_is_the_score_function() -> None:
+    grads, logits = [], testing.random_tensor((50, 2, 3), torch.float64)
+    for options in ({"estimator": "score_function"}, {"estimator": "rebar", "eta": 0.0, "tau": 0.3}):
+        at = logits.clone().requires_grad_()
+        grads += torch.autograd.grad(elbo_discrete(at, target, seed=5, **options).sum(), at)
+    torch.testing.assert_close(*grads)
+
+
+def test_rebar_leaves_the_other_gradients_alone() -> None:
+    """The control variate is of the logits: the model's own parameters have the gradient of the one-hot samples."""
+    grads, logits = [], testing.random_tensor((50, 2, 3), torch.float64)
+    for options in ({"estimator": "score_function"}, {"estimator": "rebar", "tau": 0.3}):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        value = elbo_discrete(logits, lambda z, scale=scale: target(z) * scale, seed=5, **options)
+        grads += torch.autograd.grad(value.sum(), scale)
+    torch.testing.assert_close(*grads)
+
+
+def test_rebar_with_an_impossible_category() -> None:
+    logits = testing.random_tensor((1, 2, 3), torch.float64)
+    logits[:, 0, 1] = -math.inf
+    many = logits.expand(DRAWS, 2, 3).clone().requires_grad_()
+    (grads,) = torch.autograd.grad(elbo_discrete(many, target, estimator="rebar", tau=0.5, seed=2).sum(), many)
+    single = logits.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(elbo_discrete(single, target, estimator="exact").sum(), single)
+    assert ((grads.mean(0) - exact[0]).abs() <= 5 * grads.std(0) / math.sqrt(DRAWS)).all()
+
+
+@pytest.mark.parametrize("estimator", ["score_function", "rebar"])
+def test_sampled_entropy_keeps_the_gradient_unbiased(estimator: str) -> None:
     logits = testing.random_tensor((1, 2, 3), torch.float64)
     many = logits.expand(DRAWS, 2, 3).clone().requires_grad_()
-    value = elbo_discrete(many, target, estimator="score_function", entropy="sampled", seed=2)
+    value = elbo_discrete(many, target, estimator=estimator, entropy="sampled", seed=2)
     (grads,) = torch.autograd.grad(value.sum(), many)
     single = logits.clone().requires_grad_()
     (exact,) = torch.autograd.grad(elbo_discrete(single, target, estimator="exact").sum(), single)
@@ -147,7 +188,7 @@ def test_entropy() -> None:
 
 def test_estimators_switch_with_one_word() -> None:
     logits = testing.random_tensor((3, 2, 4)).requires_grad_()
-    for estimator in ("gumbel", "gumbel_straight_through", "straight_through", "score_function", "exact"):
+    for estimator in ESTIMATORS:
         value = elbo_discrete(logits, lambda z: z[..., 0].sum(-1), estimator=estimator, samples=2, seed=1)
         assert value.shape == (3,)
         (grad,) = torch.autograd.grad(value.sum(), logits)
