@@ -29,8 +29,6 @@ from flowkernels._library import operator, vmap_loop
 __all__ = ["Stream", "bits", "draw_stream", "gumbel", "normal", "philox", "uniform"]
 
 KINDS = ("bits", "uniform", "normal", "gumbel")
-Seed = int | Tensor | torch.Generator | None
-
 _MASK = 0xFFFFFFFF
 
 
@@ -40,13 +38,21 @@ class Stream(NamedTuple):
     seed: Tensor
     number: int
 
+    def further(self, by: int) -> Stream:
+        """Another stream of the same seed and rank: independent noise for a second purpose."""
+        return Stream(self.seed, self.number + by)
+
+
+Seed = int | Tensor | torch.Generator | Stream | None
+
 
 def draw_stream(seed: Seed = None, device: torch.device | str | None = None) -> Stream:
     """The stream that `seed` names.
 
     Args:
         seed: None draws from torch's default generator of `device`, a `torch.Generator` from that one; both give this
-            rank its own stream. An int or an int64 tensor of one element is taken as it is, on every rank.
+            rank its own stream. An int or an int64 tensor of one element is taken as it is, on every rank, and so is a
+            `Stream`, for callers that draw more than once from one seed.
         device: where the seed tensor shall be, the CPU by default.
     """
     device = torch.device("cpu") if device is None else torch.device(device)
@@ -54,6 +60,8 @@ def draw_stream(seed: Seed = None, device: torch.device | str | None = None) -> 
         where = device if seed is None else seed.device
         drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=where, generator=seed)
         return Stream(drawn.to(device), _rank() << 32)
+    if isinstance(seed, Stream):
+        return Stream(seed.seed.to(device), seed.number)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed must be one int64, got {seed.dtype} of shape {tuple(seed.shape)}")

@@ -166,7 +166,22 @@ def test_ranks_draw_different_streams(monkeypatch):
 def _worker(rank, world, path, queue):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     torch.manual_seed(0)
-    queue.put((rank, fkr.draw_stream().number, fkr.normal(8).tolist()))
+    number = fkr.draw_stream().number
+    logits, vae, mixture = torch.zeros(32, 4), fk.models.DiscreteVAE(16, 2, 3), fk.models.GaussianMixture(2, 3)
+    drawn = {}
+    for name, draw in {
+        "normal": lambda: fkr.normal(8),
+        "gumbel_softmax": lambda: fk.ops.gumbel_softmax(logits),
+        "compiled": torch.compile(lambda: fk.ops.gumbel_softmax(logits), fullgraph=True, backend="aot_eager"),
+        "gumbel_argmax": lambda: fk.ops.gumbel_argmax(logits)[0],
+        "straight_through": lambda: fk.ops.straight_through(logits + 0.5, sample=True),
+        "latents of a VAE": lambda: vae.sample(32),
+        "components of a mixture": lambda: mixture.sample(32),
+        "seeded": lambda: fkr.normal(8, seed=3),
+    }.items():
+        torch.manual_seed(0)
+        drawn[name] = draw().tolist()
+    queue.put((rank, number, drawn))
     torch.distributed.destroy_process_group()
 
 
@@ -181,7 +196,8 @@ def test_ranks_of_a_process_group(tmp_path):
     for w in workers:
         w.join()
     assert [r[1] >> 32 for r in results] == [0, 1]
-    assert results[0][2] != results[1][2]
+    one, other = (r[2] for r in results)
+    assert [name for name in one if one[name] == other[name]] == ["seeded"]
 
 
 def test_compiles_without_a_graph_break():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowkernels.objectives import elbo_discrete, every_latent
 from flowkernels.objectives.discrete import Baseline
 from flowkernels.ops import gumbel_argmax
-from flowkernels.random import Seed, draw_stream, noise
+from flowkernels.random import Seed, draw_stream, uniform
 
 
 def binomial_log_likelihood(x: Tensor, logits: Tensor, levels: int) -> Tensor:
@@ -124,12 +124,11 @@ class DiscreteVAE(nn.Module):
         """n draws of x, (n, D)."""
         like = next(self.parameters())
         source = draw_stream(seed, like.device)
-        index, _ = gumbel_argmax(like.new_zeros(n, self.latents, self.categories), seed=source.seed)
+        index, _ = gumbel_argmax(like.new_zeros(n, self.latents, self.categories), seed=source)
         z = nn.functional.one_hot(index[..., 0], self.categories).to(like.dtype)
         probability = self.decode(z).sigmoid()
-        # A binomial is a sum of Bernoullis. Streams from 1 on, for 0 has drawn z.
+        # A binomial is a sum of Bernoullis. The stream itself has drawn z.
         x = torch.zeros_like(probability)
         for level in range(self.levels):
-            stream = source._replace(number=level + 1)
-            x += noise("uniform", stream, x.numel(), torch.float32).reshape(x.shape) < probability
+            x += uniform(*x.shape, seed=source.further(level + 1), dtype=torch.float32, device=x.device) < probability
         return x

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels.ops import gumbel_argmax
-from flowkernels.random import Seed, draw_stream, noise
+from flowkernels.random import Seed, draw_stream, normal
 
 
 class GaussianMixture(nn.Module):
@@ -68,8 +68,7 @@ class GaussianMixture(nn.Module):
     def sample(self, n: int, *, seed: Seed = None) -> Tensor:
         """n draws of x, (n, D)."""
         source = draw_stream(seed, self.means.device)
-        index, _ = gumbel_argmax(self.logits.expand(n, -1), seed=source.seed)
-        # Stream 0 has drawn the components.
-        z = noise("normal", source._replace(number=1), n * self.means.shape[1], self.means.dtype)
+        index, _ = gumbel_argmax(self.logits.expand(n, -1), seed=source)
         k = index[:, 0]
-        return self.means[k] + self.log_scales[k].exp() * z.reshape(n, -1)
+        z = normal(*self.means[k].shape, seed=source.further(1), dtype=self.means.dtype, device=self.means.device)
+        return self.means[k] + self.log_scales[k].exp() * z

@@ -81,6 +81,21 @@ def test_exact_estimator_agrees_with_samples_of_a_mixture() -> None:
     torch.testing.assert_close(sampled, model.log_prob(x))
 
 
+def test_samples_of_another_rank_have_other_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only other noise on the same latents: with certain pixels and no spread the latents are all there is."""
+    vae, mixture = small_vae(), GaussianMixture(2, 5)
+    with torch.no_grad():
+        vae.decoder[-1].weight.mul_(1e4)
+        mixture.log_scales.fill_(-40.0)
+    for model in (vae, mixture):
+        drawn = []
+        for rank in (0, 1):
+            monkeypatch.setattr("flowkernels.random._rank", lambda rank=rank: rank)
+            torch.manual_seed(0)
+            drawn.append(model.sample(100))
+        assert not torch.equal(*drawn)
+
+
 def test_mixture_against_scikit_learn() -> None:
     x = torch.cat([testing.random_tensor((200, 2), torch.float64, seed=s) + 4 * s for s in range(3)])
     theirs = SklearnMixture(3, covariance_type="diag", random_state=0, tol=1e-9, max_iter=500).fit(x.numpy())
