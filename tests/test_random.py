@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils.checkpoint import checkpoint
 
 import flowkernels as fk
 from flowkernels import random as fkr
+from flowkernels import testing
+from flowkernels.objectives import elbo_discrete
 
 BACKENDS = fk.available_backends()
 
@@ -211,6 +214,38 @@ def test_compiles_without_a_graph_break():
     torch.manual_seed(5)
     assert torch.equal(a, noise(x))
     assert not torch.equal(a, b)
+
+
+WEIGHT = testing.random_tensor((8, 12), seed=1)
+DRAWING = {
+    "gumbel_softmax": lambda x: fk.ops.gumbel_softmax(x, 0.5),
+    "gumbel_softmax, hard": lambda x: fk.ops.gumbel_softmax(x, 0.5, hard=True),
+    "gumbel_argmax": lambda x: fk.ops.gumbel_argmax(x, 12)[1],
+    "straight_through": lambda x: x * fk.ops.straight_through(x.softmax(-1), "categorical", sample=True),
+    "dequantize": lambda x: x * fk.ops.dequantize(x.detach().abs().floor(), 17)[0],
+    "elbo_discrete": lambda x: elbo_discrete(
+        x.reshape(8, 3, 4), lambda z: (z.flatten(-2) * WEIGHT).sum(-1).square(), estimator="rebar", tau=0.5
+    )[:, None],
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("draw", DRAWING.values(), ids=DRAWING)
+def test_recomputation_sees_the_noise_of_the_forward(draw, compiled):
+    """Activation checkpointing: values and gradients as without it, for noise drawn from torch's generator."""
+    torch.compiler.reset()
+
+    def again(x):
+        return checkpoint(lambda x: draw(2 * x), x, use_reentrant=False) * WEIGHT
+
+    x = testing.random_tensor((8, 12)).requires_grad_()
+    torch.manual_seed(5)
+    value = (torch.compile(again, fullgraph=True, backend="aot_eager") if compiled else again)(x)
+    (grad,) = torch.autograd.grad(value.sum(), x)
+    torch.manual_seed(5)
+    expected = draw(2 * x) * WEIGHT
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
 
 
 def test_threads_do_not_change_the_noise():
