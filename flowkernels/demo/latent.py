@@ -40,18 +40,20 @@ def tell(
         print(f"  {label:<18} {value:.4g}")
 
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(pictures) + 1, figsize=(4 * len(pictures) + 5, 4))
+    figure, axes = plt.subplots(1, len(pictures) + 1, figsize=(3.2 * len(pictures) + 4, 3.2), layout="constrained")
     for at, (label, levels) in zip(axes, pictures.items(), strict=False):
         show_digits(at, levels, label)
     axes[-1].plot(curve.train, label="training")
     axes[-1].plot(curve.valid, label="validation")
     axes[-1].axhline(baseline, color="gray", linestyle=":", label="without latents")
+    axes[-1].axhline(bits, color="black", linestyle=":", label="test, in the end")
+    axes[-1].set_ylim(top=1.1 * max(baseline, min(curve.valid)))
     axes[-1].set_xlabel("epoch")
     axes[-1].set_ylabel("bits/dim, negative ELBO")
     axes[-1].legend()
     figure.suptitle(f"{title}: {nats:.1f} nats, {bits:.3f} bits/dim")
     options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / f"{name}.png", dpi=120, bbox_inches="tight")
+    figure.savefig(options.out / f"{name}.png", dpi=120)
     plt.close(figure)
     numbers = {"elbo_nats": nats, "bits_per_dim": bits, "standard_error": error, "without_latents": baseline, **more}
     save_numbers(options.out / f"{name}.json", {"model": name, "epochs": len(curve.train), **numbers})

@@ -3,6 +3,7 @@
 from flowkernels.models.autoregressive import IAF as IAF
 from flowkernels.models.autoregressive import MADE as MADE
 from flowkernels.models.autoregressive import MAF as MAF
+from flowkernels.models.categorical_made import CategoricalMADE as CategoricalMADE
 from flowkernels.models.coupling import NICE as NICE
 from flowkernels.models.coupling import CouplingFlow as CouplingFlow
 from flowkernels.models.coupling import CouplingNSF as CouplingNSF

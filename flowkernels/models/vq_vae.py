@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flowkernels.models.categorical_made import CategoricalMADE
 from flowkernels.models.discrete_vae import binomial_log_likelihood
 from flowkernels.nn.vector_quantizer import VectorQuantizer
 from flowkernels.ops import gumbel_argmax
@@ -18,8 +19,8 @@ class VQVAE(nn.Module):
 
         z_e = encoder(x),  z_q = nearest codes,  p(x|z_q) = prod Binomial(x_i; levels, sigmoid(decoder(z_q)_i))
 
-    `loss` is -log p(x|z_q) plus the quantizer's loss; `elbo` counts log K nats for each code: the posterior is certain,
-    the prior uniform.
+    `loss` is -log p(x|z_q) plus the quantizer's loss. The posterior is certain, so `elbo` is log p(x|z_q) plus the
+    prior's log-probability of the codes: uniform, until `prior` is set to a distribution that was fitted to them.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937.
     """
@@ -38,6 +39,7 @@ class VQVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.levels = levels
+        self.prior: CategoricalMADE | None = None
         self.encoder = nn.Sequential(
             nn.Conv2d(channels, hidden_channels, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -73,10 +75,16 @@ class VQVAE(nn.Module):
         return loss
 
     def elbo(self, x: Tensor) -> Tensor:
-        """Lower bound of log p(x) in nats, (N,): log p(x|z_q) - (number of codes) log K."""
+        """Lower bound of log p(x) in nats, (N,)."""
         index = self.encode(x)
-        rate = index[0].numel() * math.log(len(self.quantizer.counts))
-        return self._log_likelihood(x, self.decode(index)) - rate
+        return self._log_likelihood(x, self.decode(index)) + self.log_prior(index)
+
+    def log_prior(self, index: Tensor) -> Tensor:
+        """log p of codes (N, H/2, W/2) in nats, (N,)."""
+        if self.prior is None:
+            uniform = -index.shape[1:].numel() * math.log(len(self.quantizer.counts))
+            return self.quantizer.counts.new_full(index.shape[:1], uniform)
+        return self.prior.log_prob(index.flatten(1))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -85,8 +93,13 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, size: tuple[int, int], *, seed: Seed = None) -> Tensor:
-        """Means of n images whose codes are drawn by their usage, independently: no prior network is fitted."""
-        grid = (size[0] // 2, size[1] // 2)
-        logits = self.quantizer.counts.log().expand(n, *grid, -1)
-        index, _ = gumbel_argmax(logits, seed=seed)
-        return self.decode(index[..., 0]).sigmoid() * self.levels
+        """Means of n images of size (H, W), (n, C, H, W), whose codes are drawn from the prior.
+
+        Without one that was fitted they are drawn by their usage, independently of each other.
+        """
+        grid = (n, size[0] // 2, size[1] // 2)
+        if self.prior is None:
+            index = gumbel_argmax(self.quantizer.counts.log().expand(*grid, -1), seed=seed)[0]
+        else:
+            index = self.prior.sample(n, seed=seed)
+        return self.decode(index.reshape(grid)).sigmoid() * self.levels

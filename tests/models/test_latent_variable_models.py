@@ -16,9 +16,10 @@ from sklearn.mixture import GaussianMixture as SklearnMixture
 from flowkernels import testing
 from flowkernels.demo.common import LEVELS as GREY_LEVELS
 from flowkernels.demo.common import Options, load_digits
-from flowkernels.models import VQVAE, DiscreteVAE, GaussianMixture
+from flowkernels.models import VQVAE, CategoricalMADE, DiscreteVAE, GaussianMixture
 from flowkernels.models.discrete_vae import binomial_log_likelihood
 from flowkernels.objectives import elbo_discrete
+from flowkernels.ops import gumbel_argmax
 
 
 def small_vae() -> DiscreteVAE:
@@ -152,6 +153,64 @@ def test_vqvae_shapes_and_gradients(decay: float | None) -> None:
     assert (model.elbo(x) < 0).all()
 
 
+def categorical_made(features: int = 4, categories: int = 3) -> CategoricalMADE:
+    torch.manual_seed(3)
+    model = CategoricalMADE(features, categories, hidden_features=(16, 16)).double()
+    with torch.no_grad():  # far from uniform
+        for p in model.parameters():
+            p.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize(("features", "categories"), [(4, 3), (1, 5), (5, 1), (2, 7)])
+def test_categorical_probabilities_sum_to_one(features: int, categories: int) -> None:
+    x = torch.tensor(list(itertools.product(range(categories), repeat=features)))
+    assert categorical_made(features, categories).log_prob(x).exp().sum().item() == pytest.approx(1.0)
+
+
+def test_categorical_logits_see_earlier_variables_alone() -> None:
+    model = categorical_made()
+    x = torch.randint(3, (50, 4))
+    logits = model.logits(x)
+    for i in range(4):
+        y = x.clone()
+        y[:, i] = (y[:, i] + 1) % 3
+        changed = (model.logits(y) != logits).flatten(2).any(-1).any(0).tolist()
+        assert changed == [j > i for j in range(4)]
+
+
+def test_categorical_samples_are_those_of_one_variable_after_the_other() -> None:
+    model = categorical_made(6, 4)
+    x = torch.zeros(200, 6, dtype=torch.int64)
+    for i in range(6):
+        x[:, i] = gumbel_argmax(model.logits(x), seed=9)[0][:, i, 0]
+    assert torch.equal(model.sample(200, seed=9), x)
+
+
+def test_categorical_samples_follow_the_probabilities() -> None:
+    model = categorical_made()
+    every = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    counts = (model.sample(100_000, seed=2) @ torch.tensor([27, 9, 3, 1])).bincount(minlength=81)
+    expected = model.log_prob(every).exp().detach() * 100_000
+    likely = expected > 5
+    assert likely.sum() > 20
+    assert (
+        stats.chisquare(counts[likely], expected[likely] * (counts[likely].sum() / expected[likely].sum())).pvalue
+        > 1e-3
+    )
+    assert stats.binomtest(int(counts[~likely].sum()), 100_000, float(expected[~likely].sum() / 1e5)).pvalue > 1e-3
+
+
+def test_the_prior_of_a_vqvae() -> None:
+    model = VQVAE(codes=5, code_features=4, hidden_channels=8, levels=GREY_LEVELS - 1).double().eval()
+    x = load_digits().test[:6].reshape(6, 1, 8, 8).double()
+    index, uniform = model.encode(x), model.elbo(x)
+    model.prior = CategoricalMADE(16, 5).double()
+    torch.testing.assert_close(model.elbo(x) - uniform, model.prior.log_prob(index.flatten(1)) + 16 * math.log(5))
+    codes = model.prior.sample(3, seed=4).reshape(3, 4, 4)
+    torch.testing.assert_close(model.sample(3, (8, 8), seed=4), model.decode(codes).sigmoid() * (GREY_LEVELS - 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dvae", "vqvae"])
 def test_they_learn_the_digits(name: str, tmp_path: Path) -> None:
@@ -168,3 +227,8 @@ def test_bad_sizes() -> None:
         DiscreteVAE(4, latents=0)
     with pytest.raises(ValueError, match="components must be at least 1"):
         GaussianMixture(2, 0)
+    with pytest.raises(ValueError, match="features and categories must be at least 1, got 0 and 2"):
+        CategoricalMADE(0, 2)
+    for x in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4)):
+        with pytest.raises(ValueError, match=r"x must be int64 of shape \(N, 4\)"):
+            categorical_made().log_prob(x)
