@@ -1,4 +1,4 @@
-"""gumbel_argmax beside torch.multinomial on softmaxed logits: bound by drawing noise.
+"""gumbel_argmax beside torch.multinomial on softmaxed logits: bound by drawing noise, for several samples by exp.
 
 What is timed draws new noise at every call. Checked is the same call with its noise fixed, against the argmax of
 the logits plus that noise and log_softmax in float64; of the samples of torch, that they are categories.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import flowkernels as fk
-from benchmarks.core import OURS, PLAIN, Case, Options, Problem, Variant
+from benchmarks.core import OURS, PLAIN, RIVAL, Case, Options, Problem, Variant
 from flowkernels import ops
 
 SEED = 7
@@ -30,16 +30,22 @@ def _problem(rows: int, classes: int, samples: int, options: Options) -> Problem
         index, log_prob = ops.gumbel_argmax(logits, samples, seed=SEED)
         return [index.double(), log_prob]
 
+    def multinomial(name: str, kind: str, replacement: bool) -> Variant:
+        return Variant(
+            name,
+            kind,
+            lambda: torch.multinomial(logits.softmax(-1), samples, replacement=replacement),
+            lambda: [torch.ones(rows, samples)],
+            lambda index: [((index >= 0) & (index < classes)).float()],
+        )
+
+    # A single sample is the same with and without replacement; torch takes another way.
+    rival = [multinomial("PyTorch, with replacement", RIVAL, True)] if samples == 1 else []
     return Problem(
         [
             Variant("flowkernels", OURS, lambda: ops.gumbel_argmax(logits, samples), result=seeded),
-            Variant(
-                "PyTorch",
-                PLAIN,
-                lambda: torch.multinomial(logits.softmax(-1), samples, replacement=samples > 1),
-                lambda: [torch.ones(rows, samples)],
-                lambda index: [((index >= 0) & (index < classes)).float()],
-            ),
+            multinomial("PyTorch", PLAIN, samples > 1),
+            *rival,
         ],
         truth,
         bytes=4.0 * logits.numel(),
@@ -51,5 +57,5 @@ def cases(quick: bool) -> list[Case]:
     return [
         Case("gumbel_argmax", "samples", {"N": n, "D": d, "k": k}, partial(_problem, n, d, k))
         for n, d in sizes
-        for k in (1, 4)
+        for k in (1, 4, 64)
     ]

@@ -109,6 +109,12 @@ def uniform_of_words(word: Tensor, dtype: torch.dtype) -> Tensor:
     return v.clamp(max=1 - torch.finfo(dtype).eps / 2)
 
 
+def uniform_of_pairs(pairs: Tensor) -> Tensor:
+    """The 53 first bits of two words, in [0, 1): float64 for what is rarer than 2^-32."""
+    v = (pairs[..., 0].double() * 2.0**32 + pairs[..., 1].double()) * 2.0**-64
+    return v.clamp(max=1 - 2.0**-53)
+
+
 def gumbel_of_words(word: Tensor, dtype: torch.dtype) -> Tensor:
     """g = -log E with E = -log(1 - v): from -2.9 (-3.2 in float64) to +22.9."""
     return -(-torch.log1p(-uniform_of_words(word, dtype))).log()

@@ -37,8 +37,9 @@ std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Ten
     a.index = static_cast<int64_t*>(index.mutable_data_ptr());
     a.log_prob = static_cast<T*>(log_prob.mutable_data_ptr());
     a.normaliser = static_cast<T*>(normaliser.mutable_data_ptr());
-    torch::stable::parallel_for(0, rows, grain_for(4 * classes * samples),
-                                [&](int64_t begin, int64_t end) { FK_BEST(gumbel_argmax<T>)(a, begin, end); });
+    torch::stable::parallel_for(0, rows, grain_for(4 * (classes + samples)), [&](int64_t begin, int64_t end) {
+      samples == 1 ? FK_BEST(gumbel_argmax<T>)(a, begin, end) : FK_BEST(gumbel_argmax_several<T>)(a, begin, end);
+    });
   });
   return {index, log_prob, normaliser};
 }

@@ -106,13 +106,12 @@ def gumbel() -> None:
             ):
                 assert_as_close("gumbel_softmax_backward", a, b, c)
             del exact
-            ours, theirs = (
-                argmax.gumbel_argmax(logits, seed, stream, 2),
-                argmax_reference.gumbel_argmax(logits, seed, stream, 2),
-            )
-            assert torch.equal(ours[0], theirs[0])
-            for a, b in zip(ours[1:], theirs[1:], strict=True):
-                assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+            for samples in (1, 3, 40):
+                ours = argmax.gumbel_argmax(logits, seed, stream, samples)
+                theirs = argmax_reference.gumbel_argmax(logits, seed, stream, samples)
+                assert torch.equal(ours[0], theirs[0])
+                for a, b in zip(ours[1:], theirs[1:], strict=True):
+                    assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":

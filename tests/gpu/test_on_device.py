@@ -117,10 +117,11 @@ def test_gumbel(name: str, rows: int, classes: int) -> None:
         assert torch.allclose(a.double(), b, rtol=1e-3, atol=1e-4)
     if name == "triton":
         argmax = kernels_of("triton", "gumbel_argmax")
-        ours = argmax.gumbel_argmax(logits, seed, 0, 2)
-        theirs = argmax_reference.gumbel_argmax(logits, seed, 0, 2)
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+        for samples in (1, 5):
+            ours = argmax.gumbel_argmax(logits, seed, 0, samples)
+            theirs = argmax_reference.gumbel_argmax(logits, seed, 0, samples)
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

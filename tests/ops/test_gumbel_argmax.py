@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
@@ -13,7 +15,7 @@ import flowkernels as fk
 from flowkernels import testing
 from flowkernels.ops import gumbel_argmax
 from flowkernels.ops.gumbel_argmax.autograd import backward_op, forward_op
-from flowkernels.random import gumbel_of_words
+from flowkernels.random import gumbel_of_words, uniform_of_pairs
 
 SHAPES = dict(testing.SHAPES) | {"long": (3, 4097), "longer": (2, 9001)}
 every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -41,10 +43,34 @@ def test_layouts_and_dims(layout: str, dim: int) -> None:
     testing.check_against_reference(lambda x: gumbel_argmax(x, 4, dim, seed=1)[1], [logits])
 
 
+@given(rows=st.integers(1, 40), classes=st.integers(1, 300), k=st.integers(1, 200), seed=st.integers(0, 2**64 - 1))
+def test_any_shape(rows: int, classes: int, k: int, seed: int) -> None:
+    logits = testing.random_tensor((rows, classes), torch.float64, spread=2.0, seed=seed % 1000)
+    index, _ = gumbel_argmax(logits, k, seed=seed)
+    with fk.use_backend("reference"):
+        expected, _ = gumbel_argmax(logits, k, seed=seed)
+    assert torch.equal(index, expected)
+
+
+def test_more_samples_than_are_drawn_at_once() -> None:
+    logits = testing.random_tensor((5, 1001))
+    index, log_prob = gumbel_argmax(logits, 7001, seed=4)
+    with fk.use_backend("reference"):
+        expected, _ = gumbel_argmax(logits, 7001, seed=4)
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(log_prob, logits.log_softmax(-1).gather(-1, index))
+
+
+def test_uniform_of_pairs_at_its_ends() -> None:
+    pairs = torch.tensor([[0, 0], [0, 1], [2**32 - 1, 2**32 - 1]])
+    assert uniform_of_pairs(pairs).tolist() == [0.0, 2.0**-64, 1 - 2.0**-53]
+
+
+@pytest.mark.parametrize(("rows", "k"), [(200_000, 1), (4000, 50)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_frequencies(backend: str, dtype: torch.dtype) -> None:
-    logits = testing.random_tensor((1, 23), dtype, spread=1.5).expand(4000, 23)
-    index, _ = gumbel_argmax(logits, 50, seed=3)
+def test_frequencies(backend: str, dtype: torch.dtype, rows: int, k: int) -> None:
+    logits = testing.random_tensor((1, 23), dtype, spread=1.5).expand(rows, 23)
+    index, _ = gumbel_argmax(logits, k, seed=3)
     probs = logits[0].double().softmax(-1)
     assert stats.chisquare(index.flatten().bincount(minlength=23), probs * index.numel()).pvalue > 1e-3
 
@@ -93,10 +119,11 @@ def test_rare_category_is_drawn() -> None:
     assert stats.poisson.sf(hits - 1, expected) > 1e-3
 
 
-def test_impossible_categories_are_never_drawn(backend: str) -> None:
+@pytest.mark.parametrize("k", [1, 20])
+def test_impossible_categories_are_never_drawn(backend: str, k: int) -> None:
     logits = testing.random_tensor((500, 9))
     logits[:, [0, 3, 8]] = -math.inf
-    index, log_prob = gumbel_argmax(logits, 20, seed=1)
+    index, log_prob = gumbel_argmax(logits, k, seed=1)
     assert not torch.isin(index, torch.tensor([0, 3, 8])).any()
     assert log_prob.isfinite().all()
 

@@ -16,17 +16,18 @@ __all__ = ["gumbel_argmax"]
 
 
 def gumbel_argmax(logits: Tensor, k: int = 1, dim: int = -1, *, seed: Seed = None) -> tuple[Tensor, Tensor]:
-    r"""k independent samples of softmax(logits) by the Gumbel-max trick, and their log-probabilities::
+    r"""k independent samples of softmax(logits), and their log-probabilities log softmax(logits)[index]::
 
-        index_s = argmax(logits + g_s),  g_s standard Gumbel noise         log_prob_s = log softmax(logits)[index_s]
+        k = 1    index = argmax(logits + g),  g standard Gumbel noise              the Gumbel-max trick
+        k > 1    index_s = the first i with p_1 + ... + p_i > u_s,  u uniform      D + k log D instead of k D steps
 
-    Noise is drawn where it is compared and never stored: the memory is that of the result. Float32 noise reaches
-    +22.9, so categories rarer than 2^-24 are drawn as often as they should be.
+    Noise and sums are never stored: the memory is that of the result. Float32 noise reaches +22.9 and u has 53 bits,
+    so categories rarer than 2^-24 are drawn as often as they should be.
 
     Args:
         logits: float64, float32, bfloat16 or float16, any shape; halves are calculated in float32.
-        k: how many samples of each row, with replacement, at least 1. Sample s takes its noise from stream number + s,
-            so sample 0 is the category that ``gumbel_softmax(..., hard=True)`` draws with the same seed.
+        k: how many samples of each row, with replacement, at least 1. A single one is the category that
+            ``gumbel_softmax(..., hard=True)`` draws with the same seed.
         dim: the dimension of the categories; in the results it has size k.
         seed: see `flowkernels.random.draw_stream`.
 

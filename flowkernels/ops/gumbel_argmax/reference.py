@@ -1,21 +1,23 @@
-"""gumbel_argmax as a lecture writes it."""
+"""gumbel_argmax as a lecture writes it: one sample by the Gumbel-max trick, several by inverting the distribution."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from flowkernels.random import KINDS, reference_noise
+from flowkernels.random import KINDS, reference_noise, uniform_of_pairs, words
 
 
 def gumbel_argmax(logits: Tensor, seed: Tensor, stream: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, classes = logits.shape
-    in_double = logits.dtype == torch.float64
-    index = []
-    for sample in range(samples):
-        noise = reference_noise(seed, stream + sample, 0, rows * classes, KINDS.index("gumbel"), in_double)
-        index.append((logits + noise.reshape(rows, classes)).argmax(-1))
-    drawn = torch.stack(index, -1)
+    if samples == 1:
+        in_double = logits.dtype == torch.float64
+        noise = reference_noise(seed, stream, 0, rows * classes, KINDS.index("gumbel"), in_double)
+        drawn = (logits + noise.reshape(rows, classes)).argmax(-1, keepdim=True)
+    else:
+        sums = logits.double().softmax(-1).cumsum(-1)
+        uniform = uniform_of_pairs(words(seed, stream, 2 * rows * samples).reshape(rows, samples, 2))
+        drawn = torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp_max(classes - 1)
     top = logits.amax(-1)
     log_sum = (logits - top[:, None]).exp().sum(-1).log()
     return drawn, log_prob(logits, drawn), torch.stack((top, log_sum), -1)
