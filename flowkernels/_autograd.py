@@ -21,6 +21,19 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
+class Function(torch.autograd.Function):
+    """An operator with a gradient: vmap maps it by mapping its operators."""
+
+    generate_vmap_rule = True
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        # torch looks up the signature of `forward` at every call, for default arguments: longer than a small kernel.
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
 def backward_of(function: type[torch.autograd.Function], op: Callable[..., Any], *args: Any) -> Any:
     """Calls a backward operator: through its autograd Function where a double backward may follow, plainly elsewhere.
 

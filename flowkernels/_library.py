@@ -86,7 +86,11 @@ def build_info() -> dict[str, str]:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to hear of this call; when not, the operator is called without an autograd Function."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def vmap_rows(

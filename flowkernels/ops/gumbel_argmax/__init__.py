@@ -7,7 +7,7 @@ from torch import Tensor
 from flowkernels._backend import runs_reference
 from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor
 from flowkernels._library import needs_grad
-from flowkernels.ops._categorical import check_dim, check_rows, rows_of
+from flowkernels.ops._categorical import check_dim, check_rows, rows_back, rows_of
 from flowkernels.ops.gumbel_argmax import reference
 from flowkernels.ops.gumbel_argmax.autograd import GumbelArgmax, forward_op
 from flowkernels.random import Seed, draw_stream
@@ -48,8 +48,7 @@ def gumbel_argmax(logits: Tensor, k: int = 1, dim: int = -1, *, seed: Seed = Non
         raise ValueError(f"k must be at least 1, got {k}")
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have a category in dimension {dim}, got shape {tuple(logits.shape)}")
-    shape = logits.movedim(dim, -1).shape
-    rows = rows_of(logits, dim).to(COMPUTE_DTYPE[logits.dtype])
+    rows = rows_of(logits, dim, COMPUTE_DTYPE[logits.dtype])
     source = draw_stream(seed, logits.device)
     args = (rows, source.seed, source.number, k)
     if runs_reference(logits, "gumbel_argmax"):
@@ -59,4 +58,4 @@ def gumbel_argmax(logits: Tensor, k: int = 1, dim: int = -1, *, seed: Seed = Non
     else:
         index, log_prob, _ = forward_op(*args)
     check_rows(rows, log_prob)
-    return tuple(t.reshape(*shape[:-1], k).movedim(-1, dim) for t in (index, log_prob))  # type: ignore[return-value]
+    return rows_back(index, logits, dim, index.dtype), rows_back(log_prob, logits, dim, log_prob.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowkernels._backend import runs_reference
 from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor
 from flowkernels._library import needs_grad
-from flowkernels.ops._categorical import can_look_at, check_dim, check_rows, rows_of
+from flowkernels.ops._categorical import can_look_at, check_dim, check_rows, rows_back, rows_of, shape_without
 from flowkernels.ops.gumbel_softmax import reference
 from flowkernels.ops.gumbel_softmax.autograd import GumbelSoftmax, forward_op
 from flowkernels.random import Seed, draw_stream
@@ -60,12 +60,10 @@ def gumbel_softmax(
     """
     check_float_tensor("logits", logits)
     dim = check_dim(logits, dim)
-    shape = logits.movedim(dim, -1).shape
-    dtype = COMPUTE_DTYPE[logits.dtype]
-    temperatures = _tau_rows(tau, logits, dim, shape)
-    rows = rows_of(logits, dim).to(dtype)
+    rows = rows_of(logits, dim, COMPUTE_DTYPE[logits.dtype])
+    temperatures = _tau_rows(tau, logits, dim, rows)
     source = draw_stream(seed, logits.device)
-    args = (rows, temperatures.to(dtype), source.seed, source.number, bool(hard))
+    args = (rows, temperatures, source.seed, source.number, bool(hard))
     if runs_reference(logits, "gumbel_softmax"):
         y = reference.gumbel_softmax(*args)
     elif needs_grad(rows, temperatures):
@@ -73,18 +71,17 @@ def gumbel_softmax(
     else:
         y = forward_op(*args)
     check_rows(rows, y)
-    return y.to(logits.dtype).reshape(shape).movedim(-1, dim)
+    return rows_back(y, logits, dim, logits.dtype)
 
 
-def _tau_rows(tau: float | Tensor, logits: Tensor, dim: int, shape: torch.Size) -> Tensor:
-    """tau as one temperature per row, (rows,)."""
+def _tau_rows(tau: float | Tensor, logits: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """tau as one temperature per row, (rows,), in the dtype of `rows`."""
     if not isinstance(tau, Tensor):
         if isinstance(tau, bool) or not isinstance(tau, (int, float)):
             raise TypeError(f"tau must be a number or a tensor, got {type(tau).__name__}")
         if not 0 < tau < math.inf:
             raise ValueError(f"tau must be positive and finite, got {tau}")
-        one = torch.full((), float(tau), dtype=COMPUTE_DTYPE[logits.dtype], device=logits.device)
-        return one.expand(shape[:-1].numel())
+        return torch.full((1,), float(tau), dtype=rows.dtype, device=rows.device).expand(rows.shape[0])
     check_float_tensor("tau", tau)
     if tau.device != logits.device and tau.dim() > 0:
         raise ValueError(f"tau is on {tau.device}, but logits is on {logits.device}: use one device")
@@ -93,14 +90,16 @@ def _tau_rows(tau: float | Tensor, logits: Tensor, dim: int, shape: torch.Size) 
         if tau.shape[dim] != 1:
             raise ValueError(f"tau must have size 1 in dimension {dim}, the categories, got shape {tuple(tau.shape)}")
         per_row = per_row.squeeze(dim)
+    shape = shape_without(logits, dim)
     try:
-        per_row = per_row.expand(shape[:-1])
+        per_row = per_row.expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"tau must broadcast to one temperature per row, {tuple(shape[:-1])}, got shape {tuple(tau.shape)}"
+            f"tau must broadcast to one temperature per row, {tuple(shape)}, got shape {tuple(tau.shape)}"
         ) from None
-    if can_look_at(tau):
-        bad = ~((tau > 0) & tau.isfinite())
-        if bad.any():
-            raise ValueError(f"tau must be positive and finite, got {tau[bad][0].item()}")
-    return per_row.reshape(-1)
+    if tau.numel() > 0 and can_look_at(tau):
+        low, high = (bound.item() for bound in torch.aminmax(tau.detach()))
+        if not (low > 0 and high < math.inf):  # as for a NaN, which is both
+            bad = tau[~((tau > 0) & tau.isfinite())]
+            raise ValueError(f"tau must be positive and finite, got {bad[0].item()}")
+    return per_row.reshape(-1).to(rows.dtype)

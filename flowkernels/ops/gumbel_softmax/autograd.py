@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels._autograd import backward_of
+from flowkernels._autograd import Function, backward_of
 from flowkernels._library import operator, vmap_loop
 from flowkernels.ops.gumbel_softmax import reference
 
@@ -24,13 +24,8 @@ backward_op: Any = operator(
 )
 
 
-class GumbelSoftmax(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        y: Tensor = forward_op(*args)
-        return y
+class GumbelSoftmax(Function):
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -49,13 +44,8 @@ class GumbelSoftmax(torch.autograd.Function):
         return grad_logits, grad_tau if for_tau else None, None, None, None
 
 
-class GumbelSoftmaxBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        grad_logits, grad_tau = backward_op(*args)
-        return grad_logits, grad_tau
+class GumbelSoftmaxBackward(Function):
+    forward = staticmethod(backward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

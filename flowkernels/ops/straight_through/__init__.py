@@ -9,7 +9,7 @@ from torch import Tensor
 from flowkernels._backend import runs_reference
 from flowkernels._checks import COMPUTE_DTYPE, check_choice, check_float_tensor
 from flowkernels._library import needs_grad
-from flowkernels.ops._categorical import check_dim, rows_of
+from flowkernels.ops._categorical import check_dim, rows_back, rows_of
 from flowkernels.ops.straight_through import reference
 from flowkernels.ops.straight_through.autograd import StraightThrough, forward_op
 from flowkernels.ops.straight_through.reference import STRAIGHT_THROUGH_KINDS
@@ -60,10 +60,8 @@ def straight_through(
         dim = check_dim(x, dim, "x")
         if x.shape[dim] == 0:
             raise ValueError(f"x must have a category in dimension {dim}, got shape {tuple(x.shape)}")
-        shape = x.movedim(dim, -1).shape
-        rows = rows_of(x, dim).to(dtype)
+        rows = rows_of(x, dim, dtype)
     else:
-        dim, shape = -1, x.shape
         rows = (x.reshape(1, -1) if x.dim() < 2 else x.reshape(x.shape[0], x.shape[1:].numel())).to(dtype)
     source = draw_stream(seed, x.device) if sample else None
     args = (
@@ -75,5 +73,4 @@ def straight_through(
     )
     op = reference.straight_through if runs_reference(x) else forward_op
     y = StraightThrough.apply(op, *args) if needs_grad(rows) else op(*args)
-    y = y.to(x.dtype).reshape(shape)
-    return y.movedim(-1, dim) if kind == "categorical" else y
+    return rows_back(y, x, dim, x.dtype) if kind == "categorical" else y.to(x.dtype).reshape(x.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowkernels._backend import runs_reference
 from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor, check_shape
 from flowkernels._library import needs_grad
-from flowkernels.ops._categorical import check_dim, rows_of
+from flowkernels.ops._categorical import check_dim, rows_back, rows_of, shape_without
 from flowkernels.ops.vector_quantize import reference
 from flowkernels.ops.vector_quantize.autograd import VectorQuantize, forward_op, nearest_op, sums_op
 
@@ -58,9 +58,8 @@ def vector_quantize(
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-    shape = x.movedim(dim, -1).shape
     dtype = COMPUTE_DTYPE[x.dtype]
-    rows, codes = rows_of(x, dim).to(dtype), codebook.to(dtype)
+    rows, codes = rows_of(x, dim, dtype), codebook.to(dtype)
     weights = (float(commitment), float(codebook_weight))
     if runs_reference(x):
         index = reference.nearest_code(rows.detach(), codes.detach())
@@ -70,17 +69,17 @@ def vector_quantize(
     else:
         quantized, index, distance = forward_op(rows, codes)
         loss = distance * sum(weights)
-    quantized = quantized.to(x.dtype).reshape(shape).movedim(-1, dim)
-    return Quantized(quantized, index.reshape(shape[:-1]), loss.reshape(shape[:-1]))
+    shape = shape_without(x, dim)
+    return Quantized(rows_back(quantized, x, dim, x.dtype), index.reshape(shape), loss.reshape(shape))
 
 
 def nearest_code(x: Tensor, codebook: Tensor, *, dim: int = -1) -> Tensor:
     """The index of the nearest code alone, (...) int64, for encoding: `vector_quantize` without quantized and loss."""
     dim = _check(x, codebook, dim)
     dtype = COMPUTE_DTYPE[x.dtype]
-    rows, codes = rows_of(x, dim).detach().to(dtype), codebook.detach().to(dtype)
+    rows, codes = rows_of(x.detach(), dim, dtype), codebook.detach().to(dtype)
     index = (reference.nearest_code if runs_reference(x) else nearest_op)(rows, codes)
-    return index.reshape(x.movedim(dim, -1).shape[:-1])
+    return index.reshape(shape_without(x, dim))
 
 
 def _check(x: Tensor, codebook: Tensor, dim: int) -> int:
