@@ -33,13 +33,15 @@ def operator(
     schema: str,
     reference: Callable[..., Any],
     *,
-    vmap: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+    rows: Sequence[int | None] | None = None,
     fake: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload[..., Any]:
     """Declares ``flowkernels::<schema>`` with `reference` as its composite implementation and returns the operator.
 
-    `vmap(info, in_dims, *args)` is the batching rule, see `vmap_rows` and `vmap_loop`. `fake` gives only the outputs'
-    shapes, for operators whose reference takes too long to trace.
+    `vmap(info, in_dims, *args)` is the batching rule; without one it is `vmap_rows` with the ranks in `rows`, or
+    `vmap_loop` without those. `fake` gives only the outputs' shapes, for operators whose reference takes too long to
+    trace.
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0].strip()
@@ -48,8 +50,12 @@ def operator(
         LIBRARY.impl(name, lambda *args: _run_on_cuda(name, reference, *args), "CUDA")
     if fake is not None:
         torch.library.register_fake(f"flowkernels::{name}", fake, lib=LIBRARY)
-    torch.library.register_vmap(f"flowkernels::{name}", vmap, lib=LIBRARY)
     overload: torch._ops.OpOverload[..., Any] = getattr(torch.ops.flowkernels, name).default
+
+    def batched(info: Any, dims: Any, *args: Any) -> Any:
+        return vmap_loop(overload, info, dims, args) if rows is None else vmap_rows(overload, info, dims, args, rows)
+
+    torch.library.register_vmap(f"flowkernels::{name}", vmap or batched, lib=LIBRARY)
     return overload
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flowkernels._backend import runs_reference
 from flowkernels._checks import COMPUTE_DTYPE
-from flowkernels._library import operator, vmap_loop
+from flowkernels._library import operator
 
 __all__ = ["Stream", "bits", "draw_stream", "gumbel", "normal", "philox", "uniform"]
 
@@ -144,7 +144,6 @@ def reference_noise(seed: Tensor, stream: int, block: int, count: int, kind: int
 noise_op: Any = operator(
     "noise(Tensor seed, int stream, int block, SymInt count, int kind, bool in_double) -> Tensor",
     reference_noise,
-    vmap=lambda info, dims, *args: vmap_loop(noise_op, info, dims, args),
 )
 
 

@@ -7,25 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels._autograd import reference_double_backward
-from flowkernels._library import operator, vmap_loop
+from flowkernels._autograd import Function, reference_double_backward
+from flowkernels._library import operator
 from flowkernels.ops.dequantize import reference
 
 forward_op: Any = operator(
     "dequantize(Tensor x, Tensor? noise, Tensor seed, int stream, int levels, bool logit, float margin, bool in_double)"
     " -> (Tensor, Tensor)",
     reference.dequantize,
-    vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
 )
 
 
-class Dequantize(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, logdet = forward_op(*args)
-        return y, logdet
+class Dequantize(Function):
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -51,9 +45,7 @@ def _gradient(grad_y: Tensor, grad_logdet: Tensor, y: Tensor, levels: int, logit
     return (grad_y + grad_logdet[:, None] * (p - q)) * ((1 - 2 * margin) / levels) / (p * q)
 
 
-class DequantizeBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class DequantizeBackward(Function):
     @staticmethod
     def forward(
         grad_y: Tensor, grad_logdet: Tensor, x: Tensor, noise: Tensor, seed: Tensor, y: Tensor, *options: Any

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowkernels._autograd import backward_of, reference_double_backward
-from flowkernels._library import operator, vmap_loop
+from flowkernels._autograd import Function, backward_of, reference_double_backward
+from flowkernels._library import operator
 from flowkernels.ops.gumbel_argmax import reference
 
 forward_op: Any = operator(
     "gumbel_argmax(Tensor logits, Tensor seed, int stream, int samples) -> (Tensor, Tensor, Tensor)",
     reference.gumbel_argmax,
-    vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
 )
 backward_op: Any = operator(
     "gumbel_argmax_backward(Tensor grad, Tensor logits, Tensor normaliser, Tensor index) -> Tensor",
     reference.gumbel_argmax_backward,
-    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
 
 
-class GumbelArgmax(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        index, log_prob, normaliser = forward_op(*args)
-        return index, log_prob, normaliser
+class GumbelArgmax(Function):
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -42,13 +34,8 @@ class GumbelArgmax(torch.autograd.Function):
         return backward_of(GumbelArgmaxBackward, backward_op, grad, *ctx.saved_tensors), None, None, None
 
 
-class GumbelArgmaxBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        grad_logits: Tensor = backward_op(*args)
-        return grad_logits
+class GumbelArgmaxBackward(Function):
+    forward = staticmethod(backward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

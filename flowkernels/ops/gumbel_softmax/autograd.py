@@ -8,19 +8,17 @@ import torch
 from torch import Tensor
 
 from flowkernels._autograd import Function, backward_of
-from flowkernels._library import operator, vmap_loop
+from flowkernels._library import operator
 from flowkernels.ops.gumbel_softmax import reference
 
 # One seed means one noise, whatever is mapped: under vmap every element has the noise that it would have alone.
 forward_op: Any = operator(
     "gumbel_softmax(Tensor logits, Tensor tau, Tensor seed, int stream, bool hard) -> Tensor",
     reference.gumbel_softmax,
-    vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
 )
 backward_op: Any = operator(
     "gumbel_softmax_backward(Tensor grad, Tensor y, Tensor tau, bool for_tau) -> (Tensor, Tensor)",
     reference.gumbel_softmax_backward,
-    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowkernels._autograd import backward_of, reference_double_backward
-from flowkernels._library import operator, vmap_rows
+from flowkernels._autograd import Function, backward_of, reference_double_backward
+from flowkernels._library import operator
 from flowkernels.ops.logistic_mixture import reference
 
 _OPTIONS = "float min_log_scale, int law, float[] law_parameters, bool inverse"
@@ -25,25 +24,20 @@ def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: T
 forward_op: Any = operator(
     f"logistic_mixture(Tensor x, Tensor parameters, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
     reference.logistic_mixture,
-    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 3, 1, None, None, None, None)),
+    rows=(2, 3, 1, None, None, None, None),
     fake=_fake,
 )
 backward_op: Any = operator(
     f"logistic_mixture_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, {_OPTIONS})"
     " -> (Tensor, Tensor)",
     reference.logistic_mixture_backward,
-    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 3, None, None, None, None)),
+    rows=(2, 1, 2, 3, None, None, None, None),
     fake=_fake_backward,
 )
 
 
-class LogisticMixture(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, logdet = forward_op(*args)
-        return y, logdet
+class LogisticMixture(Function):
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -63,15 +57,10 @@ def _backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor
     return backward_op(grad_y, grad_logdet, x, parameters, *options)
 
 
-class LogisticMixtureBackward(torch.autograd.Function):
+class LogisticMixtureBackward(Function):
     """`given` is the input of the differentiated direction: what second derivatives are taken by."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        grad_x, grad_parameters = _backward(*args)
-        return grad_x, grad_parameters
+    forward = staticmethod(_backward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

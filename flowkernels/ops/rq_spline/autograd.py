@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowkernels._autograd import backward_of, reference_double_backward
-from flowkernels._library import operator, vmap_rows
+from flowkernels._autograd import Function, backward_of, reference_double_backward
+from flowkernels._library import operator
 from flowkernels.ops.rq_spline import reference
 
 _OPTIONS = "int bins, int style, float[] numbers, bool inverse"
@@ -21,24 +20,19 @@ def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: T
 forward_op: Any = operator(
     f"rq_spline(Tensor x, Tensor parameters, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
     reference.rq_spline,
-    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 3, 1, None, None, None, None)),
+    rows=(2, 3, 1, None, None, None, None),
 )
 backward_op: Any = operator(
     f"rq_spline_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor parameters, {_OPTIONS})"
     " -> (Tensor, Tensor)",
     reference.rq_spline_backward,
-    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 3, None, None, None, None)),
+    rows=(2, 1, 2, 3, None, None, None, None),
     fake=_fake_backward,
 )
 
 
-class RqSpline(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, logdet = forward_op(*args)
-        return y, logdet
+class RqSpline(Function):
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -52,13 +46,8 @@ class RqSpline(torch.autograd.Function):
         return *grads, grad_logdet if ctx.needs_input_grad[2] else None, None, None, None, None
 
 
-class RqSplineBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        grad_x, grad_parameters = backward_op(*args)
-        return grad_x, grad_parameters
+class RqSplineBackward(Function):
+    forward = staticmethod(backward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

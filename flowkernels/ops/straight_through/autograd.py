@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowkernels._library import operator, vmap_loop
+from flowkernels._autograd import Function
+from flowkernels._library import operator
 from flowkernels.ops.straight_through import reference
 
 forward_op: Any = operator(
     "straight_through(Tensor x, Tensor? seed, int stream, int kind, float threshold) -> Tensor",
     reference.straight_through,
-    vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
 )
 
 
-class StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class StraightThrough(Function):
     @staticmethod
     def forward(hard: Any, *args: Any) -> Tensor:
         """`hard` computes the values: the operator, or its reference."""

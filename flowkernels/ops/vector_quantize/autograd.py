@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowkernels._autograd import backward_of, reference_double_backward
-from flowkernels._library import operator, vmap_loop
+from flowkernels._autograd import Function, backward_of, reference_double_backward
+from flowkernels._library import operator
 from flowkernels.ops.vector_quantize import reference
 
 forward_op: Any = operator(
     "vector_quantize(Tensor x, Tensor codebook) -> (Tensor, Tensor, Tensor)",
     reference.vector_quantize,
-    vmap=lambda info, dims, *args: vmap_loop(forward_op, info, dims, args),
     fake=lambda x, codebook: (
         x.new_empty(x.shape),
         x.new_empty(x.shape[0], dtype=torch.int64),
@@ -24,25 +23,20 @@ forward_op: Any = operator(
 nearest_op: Any = operator(
     "nearest_code(Tensor x, Tensor codebook) -> Tensor",
     reference.nearest_code,
-    vmap=lambda info, dims, *args: vmap_loop(nearest_op, info, dims, args),
     fake=lambda x, codebook: x.new_empty(x.shape[0], dtype=torch.int64),
 )
 backward_op: Any = operator(
     "vector_quantize_backward(Tensor grad_quantized, Tensor grad_loss, Tensor x, Tensor codebook, Tensor index, "
     "float commitment, float codebook_weight, bool for_codebook) -> (Tensor, Tensor)",
     reference.vector_quantize_backward,
-    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
 sums_op: Any = operator(
     "vector_quantize_sums(Tensor x, Tensor index, SymInt codes) -> (Tensor, Tensor)",
     reference.vector_quantize_sums,
-    vmap=lambda info, dims, *args: vmap_loop(sums_op, info, dims, args),
 )
 
 
-class VectorQuantize(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class VectorQuantize(Function):
     @staticmethod
     def forward(
         x: Tensor, codebook: Tensor, commitment: float, codebook_weight: float
@@ -63,13 +57,8 @@ class VectorQuantize(torch.autograd.Function):
         return grad_x, grad_codebook if ctx.needs_input_grad[1] else None, None, None
 
 
-class VectorQuantizeBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        grad_x, grad_codebook = backward_op(*args)
-        return grad_x, grad_codebook
+class VectorQuantizeBackward(Function):
+    forward = staticmethod(backward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
