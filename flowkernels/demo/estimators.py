@@ -88,23 +88,25 @@ def run(options: Options) -> None:
     print("\nGradient of the ELBO against the exact one, by enumeration\n" + table(head, rows))
 
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name in dict.fromkeys(r.estimator for r in results):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(r.estimator for r in results)):
         found = [r for r in results if r.estimator == name]
         if found[0].tau is None:  # a level line
-            found, style = found * len(TAUS), "--"
+            found, style = found * len(TAUS), f"C{i}--"
         else:
-            style = "o-"
-        left.errorbar(TAUS, [r.bias for r in found], [r.error for r in found], fmt=style, label=name)
+            style = f"C{i}o-"
+        left.plot(TAUS, [r.bias for r in found], style)
+        left.plot(TAUS, [3 * r.error for r in found], f"C{i}:", alpha=0.6)
         right.plot(TAUS, [r.variance for r in found], style, label=name)
+    left.set_title("dotted: 3 standard errors; a bias below them is not seen", fontsize=9)
     for axes, what in ((left, "bias"), (right, "variance")):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("tau")
         axes.set_ylabel(f"{what} of the gradient")
-    left.legend(fontsize=7)
+    figure.legend(loc="outside right center", fontsize=8)
     options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "estimators.png", dpi=120, bbox_inches="tight")
+    figure.savefig(options.out / "estimators.png", dpi=120)
     plt.close(figure)
     save_numbers(options.out / "estimators.json", {"study": "estimators", "results": [asdict(r) for r in results]})
     print(f"\n  picture  {options.out / 'estimators.png'}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowkernels._autograd import backward_of, reference_double_backward
-from flowkernels._library import operator, vmap_rows
+from flowkernels._autograd import Function, backward_of, reference_double_backward
+from flowkernels._library import operator
 from flowkernels.ops.affine_coupling import reference
 
 _OPTIONS = "Tensor? positions, int law, float[] law_parameters, int form, bool inverse"
@@ -17,23 +16,18 @@ _NO_ROWS = (None,) * 5
 forward_op: Any = operator(
     f"affine_coupling(Tensor x, Tensor shift, Tensor scale, Tensor? logdet, {_OPTIONS}) -> (Tensor, Tensor)",
     reference.affine_coupling,
-    vmap=lambda info, dims, *args: vmap_rows(forward_op, info, dims, args, (2, 2, 2, 1, *_NO_ROWS)),
+    rows=(2, 2, 2, 1, *_NO_ROWS),
 )
 backward_op: Any = operator(
     "affine_coupling_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor shift, Tensor scale, "
     f"{_OPTIONS}, int needs) -> (Tensor, Tensor, Tensor)",
     reference.affine_coupling_backward,
-    vmap=lambda info, dims, *args: vmap_rows(backward_op, info, dims, args, (2, 1, 2, 2, 2, *_NO_ROWS, None)),
+    rows=(2, 1, 2, 2, 2, *_NO_ROWS, None),
 )
 
 
-class AffineCoupling(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, logdet = forward_op(*args)
-        return y, logdet
+class AffineCoupling(Function):
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -49,13 +43,8 @@ class AffineCoupling(torch.autograd.Function):
         return *grads, grad_logdet if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
 
-class AffineCouplingBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        grad_x, grad_shift, grad_scale = backward_op(*args)
-        return grad_x, grad_shift, grad_scale
+class AffineCouplingBackward(Function):
+    forward = staticmethod(backward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
