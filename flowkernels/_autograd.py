@@ -11,27 +11,16 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 
 class Function(torch.autograd.Function):
-    """torch's, except that arguments are bound to their names only where functorch needs it: that binding takes longer
-    than a small flow's kernel."""
+    """torch's, mapped by vmap as its operators are, except that arguments are bound to their names only where functorch
+    needs it: that binding takes longer than a small flow's kernel."""
+
+    generate_vmap_rule = True
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
-
-
-class Function(torch.autograd.Function):
-    """An operator with a gradient: vmap maps it by mapping its operators."""
-
-    generate_vmap_rule = True
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        # torch looks up the signature of `forward` at every call, for default arguments: longer than a small kernel.
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)  # type: ignore[no-untyped-call]
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def backward_of(function: type[torch.autograd.Function], op: Callable[..., Any], *args: Any) -> Any:
