@@ -72,7 +72,7 @@ def _(module: CouplingTransform) -> str:
 
 @describe.register
 def _(module: ActNorm) -> str:
-    return f"affine_coupling, both directions; {module.channels} shifts and scales"
+    return f"actnorm, both directions; {module.channels} shifts and scales"
 
 
 @describe.register

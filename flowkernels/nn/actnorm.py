@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowkernels.ops.affine_coupling import affine_coupling
+from flowkernels.ops.actnorm import actnorm
 
 
 class ActNorm(nn.Module):
@@ -68,13 +68,7 @@ class ActNorm(nn.Module):
         return self._run(z, mask, True)
 
     def _run(self, x: Tensor, mask: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        shift = self.shift.repeat_interleave(self.positions).expand(x.shape)
-        scale = self.log_scale.repeat_interleave(self.positions).expand(x.shape)
-        weight = self._weight(x, mask)
-        if weight is not None:
-            flat = weight.expand(-1, self.channels, -1).reshape(x.shape)
-            shift, scale = shift * flat, scale * flat
-        return affine_coupling(x, shift, scale, law="exp", form="shift_scale", inverse=inverse)
+        return actnorm(x, self.shift, self.log_scale, mask=mask, inverse=inverse)
 
     def _weight(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """(N, 1, positions) 1 where x counts."""

@@ -1,5 +1,6 @@
 """The operators. Each has one folder here: reference.py (the truth), autograd.py, and its public face."""
 
+from flowkernels.ops.actnorm import actnorm as actnorm
 from flowkernels.ops.affine_coupling import affine_coupling as affine_coupling
 from flowkernels.ops.dequantize import bits_per_dim as bits_per_dim
 from flowkernels.ops.dequantize import dequantize as dequantize
