@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowkernels import _backend, _cuda, _library
 from flowkernels._version import __version__
 from flowkernels.integrations import describe as describe_peers
-from flowkernels.nn import MADE, ActNorm, AutoregressiveTransform, CouplingTransform, MaskedLinear
+from flowkernels.nn import MADE, ActNorm, AutoregressiveTransform, CouplingTransform, Invertible1x1, MaskedLinear
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import LogisticMixture, RQSpline
@@ -73,6 +73,11 @@ def _(module: CouplingTransform) -> str:
 @describe.register
 def _(module: ActNorm) -> str:
     return f"actnorm, both directions; {module.channels} shifts and scales"
+
+
+@describe.register
+def _(module: Invertible1x1) -> str:
+    return f"invertible_conv1x1, both directions; {module.channels} channels by their LU factors"
 
 
 @describe.register

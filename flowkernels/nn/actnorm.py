@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flowkernels.ops.actnorm import actnorm
+from flowkernels.ops.invertible_conv1x1 import invertible_conv1x1
 
 
 class ActNorm(nn.Module):
@@ -114,32 +115,21 @@ class Invertible1x1(nn.Module):
         self.upper = nn.Parameter(upper.triu(1).to(dtype))
         self.log_diagonal = nn.Parameter(diagonal.abs().log().to(dtype))
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        eye = torch.eye(self.channels, dtype=self.lower.dtype, device=self.lower.device)
-        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
-        return self.lower.tril(-1) + eye, upper
-
     def weight(self) -> Tensor:
         """(channels, channels) W."""
-        lower, upper = self._factors()
-        return (lower @ upper)[self.permutation]
+        eye = torch.eye(self.channels, dtype=self.lower.dtype, device=self.lower.device)
+        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        return ((self.lower.tril(-1) + eye) @ upper)[self.permutation]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        values = x.reshape(-1, self.channels, self.positions)
-        z = self.weight() @ values
-        return z.reshape(x.shape), self._logdet(x)
+        return self._run(x, False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._factors()
-        rows = z.reshape(-1, self.channels, self.positions).transpose(0, 1).reshape(self.channels, -1)
-        rows = torch.empty_like(rows).index_copy(0, self.permutation, rows)
-        rows = torch.linalg.solve_triangular(lower, rows, upper=False, unitriangular=True)
-        rows = torch.linalg.solve_triangular(upper, rows, upper=True)
-        x = rows.reshape(self.channels, -1, self.positions).transpose(0, 1).reshape(z.shape)
-        return x, -self._logdet(z)
+        return self._run(z, True)
 
-    def _logdet(self, x: Tensor) -> Tensor:
-        return (self.positions * self.log_diagonal.sum()).expand(x.shape[0])
+    def _run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        factors = self.lower, self.upper, self.log_diagonal, self.sign, self.permutation
+        return invertible_conv1x1(x, *factors, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, positions={self.positions}"

@@ -7,6 +7,7 @@ from flowkernels.ops.dequantize import dequantize as dequantize
 from flowkernels.ops.discretized_logistic_mixture import discretized_logistic_mixture as discretized_logistic_mixture
 from flowkernels.ops.gumbel_argmax import gumbel_argmax as gumbel_argmax
 from flowkernels.ops.gumbel_softmax import gumbel_softmax as gumbel_softmax
+from flowkernels.ops.invertible_conv1x1 import invertible_conv1x1 as invertible_conv1x1
 from flowkernels.ops.logistic_mixture import logistic_mixture as logistic_mixture
 from flowkernels.ops.maf import maf_forward as maf_forward
 from flowkernels.ops.maf import maf_inverse as maf_inverse
