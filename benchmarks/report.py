@@ -75,7 +75,7 @@ def accelerated(document: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     table = [(lib, size, *(cells.get(c, "") for c in _ACCELERATED)) for (lib, size), cells in rows.items()]
-    return _markdown(("library", "flow", *_ACCELERATED), table)
+    return markdown(("library", "flow", *_ACCELERATED), table)
 
 
 _ACCELERATED = ("sampling", "log_prob", "training step")
@@ -93,9 +93,9 @@ def figures(document: Mapping[str, Any], pictures: list[Path], source: Path, ful
         f" {libraries}, Python {versions['python']}. Copy {limits['copy_gbs']:.0f} GB/s,"
         f" GEMM {limits['gemm_gflops']:.0f} GFLOP/s."
         f" All variants in turns in one run, every result checked against float64 before it was timed."
-        f" [All medians]({_relative(full)}), [everything as JSON]({_relative(source)}).",
+        f" [All medians]({relative(full)}), [everything as JSON]({relative(source)}).",
     ]
-    parts += [f"![{picture.stem.replace('_', ' ')}]({_relative(picture)})" for picture in pictures]
+    parts += [f"![{picture.stem.replace('_', ' ')}]({relative(picture)})" for picture in pictures]
     rows: list[tuple[str, ...]] = [
         (
             t["row"],
@@ -105,7 +105,7 @@ def figures(document: Mapping[str, Any], pictures: list[Path], source: Path, ful
         )
         for t in document["targets"]
     ]
-    parts.append(_markdown(("", "to reach", "reached", "met"), rows))
+    parts.append(markdown(("", "to reach", "reached", "met"), rows))
     return "\n\n".join(parts)
 
 
@@ -123,7 +123,7 @@ def medians(document: Mapping[str, Any]) -> str:
             for v in record["variants"]
         ]
         rows.append((f"{record['op']}: {record['what']}, {_size(record)}", cells[0], "; ".join(cells[1:])))
-    parts.append(_markdown(("", "flowkernels", "others"), rows))
+    parts.append(markdown(("", "flowkernels", "others"), rows))
     growth = {(g["sweep"], g["variant"]): g["exponent"] for g in document["growth"]}
     rows = [
         (sweep, *(f"{growth[sweep, name]:.2f}" if growth.get((sweep, name)) is not None else "–" for name in _GROWING))
@@ -131,14 +131,14 @@ def medians(document: Mapping[str, Any]) -> str:
     ]
     if rows:
         parts.append("Growth: the exponent of the time, fitted to the larger half of each sweep.")
-        parts.append(_markdown(("with", "sampling", "density", "dense pass"), rows))
+        parts.append(markdown(("with", "sampling", "density", "dense pass"), rows))
     return "\n\n".join(parts)
 
 
 _GROWING = ("flowkernels", "flowkernels density", "dense pass")
 
 
-def _markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -150,7 +150,7 @@ def _size(record: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in shown.items())
 
 
-def _relative(path: Path) -> str:
+def relative(path: Path) -> str:
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 

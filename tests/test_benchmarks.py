@@ -324,3 +324,25 @@ def test_before_and_after_acceleration_is_one_row_for_each_flow() -> None:
     table = report.accelerated({"results": results}).splitlines()
     assert table[2:] == ["| nflows | D=5 B=1 | 1.00 s → 1.00 ms (1000×) | 2.00 ms → 1.00 ms (2.00×) |  |"]
     assert report.accelerated({"results": []}) == ""
+
+
+def test_the_table_of_the_flows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    from benchmarks import flows
+
+    monkeypatch.setattr(flows, "FLOWS", {"nice": "NICE", "realnvp": "RealNVP"})
+    assert flows.main(["--quick", "--epochs", "1", "--json", str(tmp_path / "flows.json")]) == 0
+    document = json.loads((tmp_path / "flows.json").read_text())
+    assert [(one["flow"], one["noise"]) for one in document["results"]] == [
+        (flow, noise) for flow in ("NICE", "RealNVP") for noise in ("uniform", "variational")
+    ]
+    assert all(len(one["valid_curve"]) == document["epochs"] == 1 for one in document["results"])
+    assert 1 < document["gaussian"]["test_bits_per_dim"] < min(one["test_bits_per_dim"] for one in document["results"])
+    text = flows.summary(document, tmp_path / "flows.json")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    worst = max(document["results"], key=lambda one: one["test_bits_per_dim"])["flow"]
+    assert [line.split(" |")[0] for line in lines[1:3]] == ["| Gaussian, full covariance", f"| {worst}"]
+    assert "Flow++ 3.08 < Glow 3.35 < RealNVP 3.49" in text
+    readme = (machine.ROOT / "README.md").read_text()
+    assert text in report.filled(readme, "flows", text)

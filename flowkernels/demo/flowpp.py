@@ -6,7 +6,7 @@ from typing import Any
 
 from flowkernels.demo import common, density, report
 from flowkernels.demo.common import LEVELS, PIXELS, SIDE, Options
-from flowkernels.models import DequantizedFlow, FlowPP, RealNVP, VariationalNoise
+from flowkernels.models import DequantizedFlow, Flow, FlowPP, RealNVP, VariationalNoise
 
 STUDIES = ("dequantization",)
 TRAINING: dict[str, Any] = {"epochs": 40, "lr": 3e-3, "weight_decay": 1e-2}
@@ -17,6 +17,14 @@ def build(quick: bool, attention: int = 0) -> FlowPP:
     return FlowPP(
         (1, SIDE, SIDE), hidden, 1, couplings=1 if quick else 3, components=2 if quick else 8, attention=attention
     )
+
+
+def dequantized(flow: Flow, learned: bool, quick: bool) -> DequantizedFlow:
+    """A flow over grey levels, with uniform noise or with noise from a small conditional flow."""
+    noise = None
+    if learned:
+        noise = VariationalNoise(RealNVP(PIXELS, (16 if quick else 64,), 4, context_features=PIXELS), LEVELS)
+    return DequantizedFlow(flow, LEVELS, noise=noise, margin=0.01)  # as every other demonstration
 
 
 def run(options: Options) -> None:
@@ -35,12 +43,7 @@ def _study(options: Options) -> None:
     for attention in (0, 2):
         for learned in (False, True):
             with common.fixed_noise(options.seed):
-                flow = build(options.quick, attention)
-                noise = None
-                if learned:
-                    width = 16 if options.quick else 64
-                    noise = VariationalNoise(RealNVP(PIXELS, (width,), 4, context_features=PIXELS), LEVELS)
-                model = DequantizedFlow(flow, LEVELS, noise=noise)
+                model = dequantized(build(options.quick, attention), learned, options.quick)
             name = f"{'variational' if learned else 'uniform'} noise, {'attention' if attention else 'no attention'}"
             training = {**TRAINING, "epochs": epochs, "seed": options.seed}
             curve = common.fit(model, model.bound, digits, label=name, **training)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowkernels.demo import density
 from flowkernels.demo.common import SIDE, Options
 from flowkernels.models import Glow
+
+TRAINING: dict[str, Any] = {"epochs": 60, "lr": 3e-3, "weight_decay": 1e-2}
 
 
 def build(quick: bool) -> Glow:
@@ -12,4 +16,4 @@ def build(quick: bool) -> Glow:
 
 
 def run(options: Options) -> None:
-    density.run(density.Demo("glow", build, training={"epochs": 60, "lr": 3e-3, "weight_decay": 1e-2}), options)
+    density.run(density.Demo("glow", build, training=TRAINING), options)

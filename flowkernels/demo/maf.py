@@ -12,6 +12,7 @@ from flowkernels.demo.common import PIXELS, Options
 from flowkernels.models import MAF
 
 TRANSFORMS = 5
+TRAINING: dict[str, Any] = {"epochs": 100, "lr": 5e-3, "weight_decay": 1.0}
 
 
 def _hidden(quick: bool) -> int:
@@ -76,7 +77,7 @@ def run(options: Options) -> None:
             build,
             peers={"nflows": Nflows, "zuko": Zuko},
             naive=f"{PIXELS} passes through each of {TRANSFORMS} networks, plain PyTorch",
-            training={"epochs": 100, "lr": 5e-3, "weight_decay": 1.0},
+            training=TRAINING,
         ),
         options,
     )

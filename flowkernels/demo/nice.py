@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowkernels.demo import density
 from flowkernels.demo.common import PIXELS, Options
 from flowkernels.models import NICE
+
+TRAINING: dict[str, Any] = {"epochs": 80, "lr": 2e-3, "weight_decay": 1e-2}
 
 
 def build(quick: bool) -> NICE:
@@ -12,4 +16,4 @@ def build(quick: bool) -> NICE:
 
 
 def run(options: Options) -> None:
-    density.run(density.Demo("nice", build, training={"epochs": 80, "lr": 2e-3, "weight_decay": 1e-2}), options)
+    density.run(density.Demo("nice", build, training=TRAINING), options)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowkernels.demo import density
 from flowkernels.demo.common import PIXELS, Options
 from flowkernels.models import NSF
 from flowkernels.transforms import RQSpline
 
 TRANSFORMS = 3
+TRAINING: dict[str, Any] = {"epochs": 60, "lr": 2e-3, "weight_decay": 1.0}
 
 
 def build(quick: bool) -> NSF:
@@ -22,7 +25,7 @@ def run(options: Options) -> None:
             "nsf",
             build,
             naive=f"{PIXELS} passes through each of {TRANSFORMS} networks, plain PyTorch",
-            training={"epochs": 60, "lr": 2e-3, "weight_decay": 1.0},
+            training=TRAINING,
         ),
         options,
     )

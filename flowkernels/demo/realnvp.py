@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flowkernels.demo import density
 from flowkernels.demo.common import SIDE, Options
 from flowkernels.models import ImageRealNVP
+
+TRAINING: dict[str, Any] = {"epochs": 60, "lr": 3e-3, "weight_decay": 1e-2}
 
 
 def build(quick: bool) -> ImageRealNVP:
@@ -12,4 +16,4 @@ def build(quick: bool) -> ImageRealNVP:
 
 
 def run(options: Options) -> None:
-    density.run(density.Demo("realnvp", build, training={"epochs": 60, "lr": 3e-3, "weight_decay": 1e-2}), options)
+    density.run(density.Demo("realnvp", build, training=TRAINING), options)
