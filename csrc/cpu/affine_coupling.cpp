@@ -18,13 +18,17 @@ enum class Part : int {
   dense,   // all transformed, their parameters adjacent
   copy,    // all identity
   select,  // some transformed, parameters of the full width
-  gather,  // some transformed, or parameters in another order
+  expand,  // some transformed, parameters of these alone and in their order
+  gather,  // parameters in another order
 };
 
 struct Chunk {
   Part part = Part::dense;
-  int64_t parameter = 0;  // where the parameters of a dense or select chunk begin
-  int32_t lane[kChunk];   // each feature's parameter, -1: identity
+  int64_t parameter = 0;              // where the parameters of a chunk begin, unless it is a gather
+  int32_t count = 0;                  // how many features are transformed
+  int32_t lane[kChunk];               // each feature's parameter, -1: identity
+  int32_t before[kChunk / 2];         // how many features before feature 2 i are transformed
+  int32_t transformed[2 * kChunk]{};  // which ones are; the rest is there to be read past the end
 };
 
 struct AffineArguments {
@@ -35,6 +39,7 @@ struct AffineArguments {
   void* logdet = nullptr;
   int64_t features = 0;
   const Chunk* chunks = nullptr;  // null: every feature is transformed
+  int64_t width = 0;              // columns of shift and scale
   bool full_width = true;         // shift and scale have a column for every feature
   Law law_name = Law::exp;
   double law[3] = {};
@@ -60,7 +65,8 @@ std::vector<Chunk> chunks_of(const Tensor& positions, int64_t features, int64_t 
   STD_TORCH_CHECK(features < (int64_t{1} << 31), "masks are for fewer than 2^31 features, got ", features);
   const int64_t* position = static_cast<const int64_t*>(positions.const_data_ptr());
   std::vector<Chunk> chunks((features + kChunk - 1) / kChunk);
-  int64_t selected = 0;
+  int64_t selected = 0, highest = -1;
+  bool ordered = true;
   for (int64_t c = 0; c < features; c += kChunk) {
     Chunk& chunk = chunks[c / kChunk];
     const int n = static_cast<int>(std::min<int64_t>(kChunk, features - c));
@@ -69,6 +75,12 @@ std::vector<Chunk> chunks_of(const Tensor& positions, int64_t features, int64_t 
       const int64_t p = i < n ? position[c + i] : -1;
       STD_TORCH_CHECK(p >= -1 && p < width, "feature ", c + i, " of the mask asks for parameter ", p, " of ", width);
       chunk.lane[i] = static_cast<int32_t>(p);
+      if (i % 2 == 0) chunk.before[i / 2] = transformed;
+      if (p >= 0) {
+        chunk.transformed[transformed] = i;
+        ordered = ordered && p == highest + 1;
+        highest = p;
+      }
       transformed += p >= 0;
       own += p == c + i;
       adjacent += i < n && p >= 0 && p == position[c] + i;
@@ -77,9 +89,13 @@ std::vector<Chunk> chunks_of(const Tensor& positions, int64_t features, int64_t 
                  : adjacent == n                           ? Part::dense
                  : own == transformed && width == features ? Part::select
                                                            : Part::gather;
+    chunk.count = transformed;
+    chunk.parameter = chunk.part == Part::dense ? position[c] : chunk.part == Part::gather ? selected : c;
     selected += transformed;
-    chunk.parameter = chunk.part == Part::dense ? position[c] : c;
   }
+  // All of them or none: what is stored past the end of a chunk's gradients is written over by the next chunk.
+  for (Chunk& chunk : chunks)
+    if (ordered && width == selected && chunk.part == Part::gather) chunk.part = Part::expand;
   STD_TORCH_CHECK(width == features || width == selected, "shift and scale have ", width,
                   " columns, but the mask selects ", selected, " of ", features, " features");
   return chunks;
@@ -93,7 +109,8 @@ AffineArguments affine_arguments(const Tensor& x, const Tensor& shift, const Ten
   a.shift = rows(shift);
   a.scale = rows(scale);
   a.features = x.size(1);
-  a.full_width = shift.size(1) == a.features;
+  a.width = shift.size(1);
+  a.full_width = a.width == a.features;
   for (const Tensor* t : {&shift, &scale}) {
     STD_TORCH_CHECK(t->size(0) == x.size(0) && t->size(1) == shift.size(1),
                     "shift and scale must have x's rows and one width");

@@ -95,6 +95,63 @@ FK_INLINE void keep_transformed(T (&values)[kChunk], const int32_t* lane, const 
   _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) values[i] = lane[i] < 0 ? otherwise[i] : values[i];
 }
 
+// A vector of T, and of integers of the same size that name its lanes.
+template <class T>
+struct Shuffled {
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T Vector __attribute__((vector_size(FK_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(FK_VECTOR_BYTES), aligned(sizeof(T))));
+  typedef Integer Index __attribute__((vector_size(FK_VECTOR_BYTES)));
+  static constexpr int kLanes = FK_VECTOR_BYTES / sizeof(T);
+};
+
+// to[i] = from[lane[i] - first], where that is a lane of one vector; something of from elsewhere.
+template <class T>
+FK_INLINE void shuffle(T* to, const T* from, const int32_t* lane, int64_t first) {
+  using S = Shuffled<T>;
+  typename S::Index index;
+  for (int i = 0; i < S::kLanes; ++i) index[i] = static_cast<typename S::Integer>(lane[i] - first) & (S::kLanes - 1);
+  const typename S::Vector given = *reinterpret_cast<const typename S::Unaligned*>(from);
+#if defined(__clang__)
+  typename S::Vector taken;
+  for (int i = 0; i < S::kLanes; ++i) taken[i] = given[index[i]];
+#else
+  const typename S::Vector taken = __builtin_shuffle(given, index);
+#endif
+  *reinterpret_cast<typename S::Unaligned*>(to) = taken;
+}
+
+// Parameters that lie side by side, each to its feature: a vector of features needs no more than a vector of them. What
+// the other features get is not looked at.
+template <class T>
+FK_INLINE void expand_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, const Chunk& chunk, int64_t width) {
+  constexpr int V = Shuffled<T>::kLanes;
+  if (straight<T>(rows, kChunk) && width >= V) {
+    const T* row = reinterpret_cast<const T*>(rows.at(r, 0));
+    for (int i = 0; i < kChunk; i += V) {
+      const int64_t first = std::min<int64_t>(chunk.parameter + chunk.before[i / 2], width - V);
+      shuffle(to + i, row + first, chunk.lane + i, first);
+    }
+  } else {
+    T side_by_side[2 * kChunk];
+    load_any(side_by_side, rows, r, chunk.parameter, chunk.count);
+    for (int i = 0; i < kChunk; i += V)
+      shuffle(to + i, side_by_side + chunk.before[i / 2], chunk.lane + i, chunk.parameter + chunk.before[i / 2]);
+  }
+}
+
+// The way back. A whole vector is stored for some features of it: what is too much belongs to features that follow.
+template <class T>
+FK_INLINE void compress_chunk(const Rows& rows, int64_t r, const Chunk& chunk, const T (&from)[kChunk], int64_t width) {
+  constexpr int V = Shuffled<T>::kLanes;
+  const bool adjacent = straight<T>(rows, kChunk) && chunk.parameter + kChunk + V <= width;
+  T side_by_side[2 * kChunk];
+  T* to = adjacent ? reinterpret_cast<T*>(rows.at(r, chunk.parameter)) : side_by_side;
+  for (int i = 0; i < kChunk; i += V)
+    shuffle(to + chunk.before[i / 2], from + i, chunk.transformed + chunk.before[i / 2], i);
+  if (!adjacent) store_any(rows, r, chunk.parameter, side_by_side, chunk.count);
+}
+
 // Sums lanes in two levels, so that the rounding errors of a long row do not pile up in one number.
 template <class T>
 struct LaneSum {
@@ -139,7 +196,10 @@ void affine_rows(const AffineArguments& a, const LawParameters<T>& law, int64_t 
         store_chunk(a.y, r, c, x, n);
         continue;
       }
-      if (part == Part::gather) {
+      if (part == Part::expand) {
+        expand_chunk(shift, a.shift, r, *chunk, a.width);
+        expand_chunk(u, a.scale, r, *chunk, a.width);
+      } else if (part == Part::gather) {
         gather_chunk(shift, a.shift, r, chunk->lane);
         gather_chunk(u, a.scale, r, chunk->lane);
       } else {
@@ -181,7 +241,10 @@ void affine_backward_rows(const AffineArguments& a, const LawParameters<T>& law,
         continue;
       }
       load_chunk(x, a.x, r, c, n);
-      if (part == Part::gather) {
+      if (part == Part::expand) {
+        expand_chunk(shift, a.shift, r, *chunk, a.width);
+        expand_chunk(u, a.scale, r, *chunk, a.width);
+      } else if (part == Part::gather) {
         gather_chunk(shift, a.shift, r, chunk->lane);
         gather_chunk(u, a.scale, r, chunk->lane);
       } else {
@@ -200,7 +263,10 @@ void affine_backward_rows(const AffineArguments& a, const LawParameters<T>& law,
         keep_transformed(gu, chunk->lane, zero);
       }
       if (a.grad_x.data) store_chunk(a.grad_x, r, c, gx, n);
-      if (part == Part::gather) {
+      if (part == Part::expand) {
+        if (a.grad_shift.data) compress_chunk(a.grad_shift, r, *chunk, gshift, a.width);
+        if (a.grad_scale.data) compress_chunk(a.grad_scale, r, *chunk, gu, a.width);
+      } else if (part == Part::gather) {
         if (a.grad_shift.data) scatter_chunk(a.grad_shift, r, chunk->lane, gshift);
         if (a.grad_scale.data) scatter_chunk(a.grad_scale, r, chunk->lane, gu);
       } else {
