@@ -74,10 +74,47 @@ FK_INLINE bool straight(const Rows& rows, int n) {
   return rows.column == static_cast<int64_t>(sizeof(T)) && rows.storage == Storage::same && n == kChunk;
 }
 
+// A vector of T, and of integers of the same size that name its lanes.
+template <class T>
+struct Shuffled {
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T Vector __attribute__((vector_size(FK_VECTOR_BYTES)));
+  typedef T Unaligned __attribute__((vector_size(FK_VECTOR_BYTES), aligned(sizeof(T))));
+  typedef Integer Index __attribute__((vector_size(FK_VECTOR_BYTES)));
+  static constexpr int kLanes = FK_VECTOR_BYTES / sizeof(T);
+};
+
+// Every second number, as in parameters[..., 0::2]: a vector of them, and nothing past the last one is read.
+template <class T>
+FK_INLINE void load_every_second(T* to, const T* from) {
+  using S = Shuffled<T>;
+  using Unaligned = typename S::Unaligned;
+  constexpr int V = S::kLanes;
+  const typename S::Vector a = *reinterpret_cast<const Unaligned*>(from);
+  const typename S::Vector b = *reinterpret_cast<const Unaligned*>(from + V - 1);
+  typename S::Vector taken;
+#if defined(__clang__)
+  for (int i = 0; i < V; ++i) taken[i] = 2 * i < V ? a[2 * i] : b[2 * i - V + 1];
+#else
+  typename S::Index index;
+  for (int i = 0; i < V; ++i) index[i] = 2 * i < V ? 2 * i : 2 * i + 1;
+  taken = __builtin_shuffle(a, b, index);
+#endif
+  *reinterpret_cast<Unaligned*>(to) = taken;
+}
+
+template <class T>
+FK_INLINE bool every_second(const Rows& rows) {
+  return rows.column == 2 * static_cast<int64_t>(sizeof(T)) && rows.storage == Storage::same;
+}
+
 template <class T>
 FK_INLINE void load_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, int64_t c, int n) {
   if (straight<T>(rows, n))
     std::memcpy(to, rows.at(r, c), sizeof(to));
+  else if (every_second<T>(rows) && n == kChunk)
+    for (int i = 0; i < kChunk; i += Shuffled<T>::kLanes)
+      load_every_second(to + i, reinterpret_cast<const T*>(rows.at(r, c + i)));
   else
     load_any(to, rows, r, c, n);
 }
@@ -94,16 +131,6 @@ template <class T>
 FK_INLINE void keep_transformed(T (&values)[kChunk], const int32_t* lane, const T (&otherwise)[kChunk]) {
   _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) values[i] = lane[i] < 0 ? otherwise[i] : values[i];
 }
-
-// A vector of T, and of integers of the same size that name its lanes.
-template <class T>
-struct Shuffled {
-  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef T Vector __attribute__((vector_size(FK_VECTOR_BYTES)));
-  typedef T Unaligned __attribute__((vector_size(FK_VECTOR_BYTES), aligned(sizeof(T))));
-  typedef Integer Index __attribute__((vector_size(FK_VECTOR_BYTES)));
-  static constexpr int kLanes = FK_VECTOR_BYTES / sizeof(T);
-};
 
 // to[i] = from[lane[i] - first], where that is a lane of one vector; something of from elsewhere.
 template <class T>
@@ -126,11 +153,16 @@ FK_INLINE void shuffle(T* to, const T* from, const int32_t* lane, int64_t first)
 template <class T>
 FK_INLINE void expand_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, const Chunk& chunk, int64_t width) {
   constexpr int V = Shuffled<T>::kLanes;
-  if (straight<T>(rows, kChunk) && width >= V) {
-    const T* row = reinterpret_cast<const T*>(rows.at(r, 0));
+  const bool adjacent = straight<T>(rows, kChunk);
+  if ((adjacent || every_second<T>(rows)) && width >= V) {
     for (int i = 0; i < kChunk; i += V) {
       const int64_t first = std::min<int64_t>(chunk.parameter + chunk.before[i / 2], width - V);
-      shuffle(to + i, row + first, chunk.lane + i, first);
+      const T* from = reinterpret_cast<const T*>(rows.at(r, first));
+      if (!adjacent) {
+        load_every_second(to + i, from);
+        from = to + i;
+      }
+      shuffle(to + i, from, chunk.lane + i, first);
     }
   } else {
     T side_by_side[2 * kChunk];

@@ -185,6 +185,22 @@ def test_only_the_gradients_that_are_needed() -> None:
                     testing.assert_same_bits(leaf.grad, copy.grad)
 
 
+@pytest.mark.parametrize("form", ["scale_shift", "shift_scale"])
+def test_gradients_that_are_equal_are_still_of_their_own(form: str) -> None:
+    """The shift's gradient is handed on as y's or x's own; what somebody does to one must not reach the other."""
+    leaves = [t.requires_grad_() for t in inputs((6, 5))[:3]]
+    cotangent = testing.random_tensor((6, 5), torch.float64, seed=9)
+    kept = cotangent.clone()
+    y, _ = affine_coupling(*leaves, form=form)
+    y.backward(cotangent)
+    x, shift, _ = leaves
+    before = shift.grad.clone()
+    x.grad.zero_()
+    torch.testing.assert_close(shift.grad, before)
+    shift.grad.zero_()
+    assert torch.equal(cotangent, kept)
+
+
 # ---- derivatives and laws ----------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from flowkernels._autograd import Function, backward_of, reference_double_backward
 from flowkernels._library import operator
 from flowkernels.ops.affine_coupling import reference
+from flowkernels.scales import FORMS
 
 _OPTIONS = "Tensor? positions, int law, float[] law_parameters, int form, bool inverse"
 _NO_ROWS = (None,) * 5
@@ -36,11 +37,21 @@ class AffineCoupling(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:
-        needs = sum(bit for bit, needed in zip((1, 2, 4), ctx.needs_input_grad, strict=False) if needed)
-        inputs = (grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options, needs)
-        grads = backward_of(AffineCouplingBackward, backward_op, *inputs)
-        grads = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
-        return *grads, grad_logdet if ctx.needs_input_grad[3] else None, None, None, None, None, None
+        of_x, of_shift, of_scale = ctx.needs_input_grad[:3]
+        x, shift, _, positions = ctx.saved_tensors
+        _, _, form, inverse = ctx.options
+        # Where the shift's gradient is y's or x's, nobody writes it once more: that is a fourth of the memory.
+        whole = of_shift and positions is None and not inverse and x.dtype == shift.dtype
+        as_y, as_x = whole and FORMS[form] == "scale_shift", whole and FORMS[form] == "shift_scale" and of_x
+        own = of_shift and not (as_y or as_x)
+        needs = reference.NEEDS_X * of_x | reference.NEEDS_SHIFT * own | reference.NEEDS_SCALE * of_scale
+        grad_x = grad_shift = grad_scale = None
+        if needs:
+            inputs = (grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options, needs)
+            grad_x, grad_shift, grad_scale = backward_of(AffineCouplingBackward, backward_op, *inputs)
+        grad_shift = grad_y if as_y else grad_x if as_x else grad_shift
+        grads = zip((grad_x, grad_shift, grad_scale, grad_logdet), ctx.needs_input_grad, strict=False)
+        return *(g if needed else None for g, needed in grads), None, None, None, None, None
 
 
 class AffineCouplingBackward(Function):
