@@ -8,8 +8,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.core import COMPILED, OURS, PEER, PLAIN, RIVAL, Case, Options, Problem, Variant, compiled, peer
+from benchmarks.core import (
+    COMPILED,
+    OURS,
+    PEER,
+    PLAIN,
+    RIVAL,
+    YARDSTICK,
+    Case,
+    Options,
+    Problem,
+    Variant,
+    compiled,
+    peer,
+)
 from flowkernels import ops
+from flowkernels.nn.masks import alternating_mask, half_mask
 
 Coupling = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -75,6 +89,40 @@ def _once(direction: str, rows: int, features: int, memory: str, options: Option
     )
 
 
+def _alternating(rows: int, features: int, options: Options) -> Problem:
+    """Every second feature is transformed, and only those have parameters; the half split is what to measure by."""
+    x, shift, scale = _inputs(rows, features)
+    mask, half = alternating_mask(features), half_mask(features)
+    chosen = mask.nonzero().flatten()
+    shift, scale = shift[:, : len(chosen)].contiguous(), scale[:, : len(chosen)].contiguous()
+
+    def plain(x: Tensor, shift: Tensor, scale: Tensor, chosen: Tensor = chosen) -> tuple[Tensor, Tensor]:
+        part, logdet = forward(x[:, chosen], shift, scale)
+        return x.index_copy(1, chosen, part), logdet
+
+    def truth(chosen: Tensor = chosen) -> tuple[Tensor, Tensor]:
+        return plain(x.double(), shift.double(), scale.double(), chosen)
+
+    fused = compiled(plain)
+    split = half.nonzero().flatten()
+    return Problem(
+        [
+            Variant("flowkernels", OURS, lambda: ops.affine_coupling(x, shift, scale, mask=mask)),
+            Variant("PyTorch", PLAIN, lambda: plain(x, shift, scale)),
+            Variant("torch.compile", COMPILED, lambda: fused(x, shift, scale)),
+            Variant(
+                "half split",
+                YARDSTICK,
+                lambda: ops.affine_coupling(x, shift, scale, mask=half),
+                truth=lambda: truth(split),
+            ),
+        ],
+        truth,
+        bytes=4.0 * (3 * x.numel() + rows),
+        least=1.0,
+    )
+
+
 def _both(rows: int, features: int, memory: str, options: Options) -> Problem:
     x, shift, scale = _inputs(rows, features)
     g = torch.Generator().manual_seed(1)
@@ -107,7 +155,10 @@ def _both(rows: int, features: int, memory: str, options: Options) -> Problem:
 
 def cases(quick: bool) -> list[Case]:
     sizes = [(1, 8), (1000, 64)] if quick else [(1, 8), (100, 64), (4096, 64), (65536, 256)]
-    found = []
+    rows, features = sizes[-1]
+    size: dict[str, int | str] = {"N": rows, "D": features}
+    alternating = partial(_alternating, rows, features)
+    found = [Case("affine_coupling", "forward, alternating mask", size, alternating)]
     for rows, features in sizes:
         # More than 32 MB come as fresh pages from the system at every call, unless the C library may keep them.
         for memory in ("fresh", "reused") if rows * features >= 2**23 else ("fresh",):

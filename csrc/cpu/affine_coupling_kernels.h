@@ -47,33 +47,6 @@ void scatter_as(char* row, int64_t stride, const int32_t* lane, const T* from) {
   }                                                                    \
   return f<T>(__VA_ARGS__)
 
-template <class T>
-__attribute__((noinline)) void load_any(T* to, const Rows& rows, int64_t r, int64_t c, int n) {
-  FK_WITH_STORAGE(rows.storage, load_as, to, rows.at(r, c), rows.column, n);
-}
-
-template <class T>
-__attribute__((noinline)) void store_any(const Rows& rows, int64_t r, int64_t c, const T* from, int n) {
-  FK_WITH_STORAGE(rows.storage, store_as, rows.at(r, c), rows.column, from, n);
-}
-
-template <class T>
-__attribute__((noinline)) void gather_chunk(T* to, const Rows& rows, int64_t r, const int32_t* lane) {
-  FK_WITH_STORAGE(rows.storage, gather_as, to, rows.at(r, 0), rows.column, lane);
-}
-
-template <class T>
-__attribute__((noinline)) void scatter_chunk(const Rows& rows, int64_t r, const int32_t* lane, const T* from) {
-  FK_WITH_STORAGE(rows.storage, scatter_as, rows.at(r, 0), rows.column, lane, from);
-}
-
-#undef FK_WITH_STORAGE
-
-template <class T>
-FK_INLINE bool straight(const Rows& rows, int n) {
-  return rows.column == static_cast<int64_t>(sizeof(T)) && rows.storage == Storage::same && n == kChunk;
-}
-
 // A vector of T, and of integers of the same size that name its lanes.
 template <class T>
 struct Shuffled {
@@ -109,12 +82,41 @@ FK_INLINE bool every_second(const Rows& rows) {
 }
 
 template <class T>
+__attribute__((noinline)) void load_any(T* to, const Rows& rows, int64_t r, int64_t c, int n) {
+  if (every_second<T>(rows) && n == kChunk) {
+    for (int i = 0; i < kChunk; i += Shuffled<T>::kLanes)
+      load_every_second(to + i, reinterpret_cast<const T*>(rows.at(r, c + i)));
+    return;
+  }
+  FK_WITH_STORAGE(rows.storage, load_as, to, rows.at(r, c), rows.column, n);
+}
+
+template <class T>
+__attribute__((noinline)) void store_any(const Rows& rows, int64_t r, int64_t c, const T* from, int n) {
+  FK_WITH_STORAGE(rows.storage, store_as, rows.at(r, c), rows.column, from, n);
+}
+
+template <class T>
+__attribute__((noinline)) void gather_chunk(T* to, const Rows& rows, int64_t r, const int32_t* lane) {
+  FK_WITH_STORAGE(rows.storage, gather_as, to, rows.at(r, 0), rows.column, lane);
+}
+
+template <class T>
+__attribute__((noinline)) void scatter_chunk(const Rows& rows, int64_t r, const int32_t* lane, const T* from) {
+  FK_WITH_STORAGE(rows.storage, scatter_as, rows.at(r, 0), rows.column, lane, from);
+}
+
+#undef FK_WITH_STORAGE
+
+template <class T>
+FK_INLINE bool straight(const Rows& rows, int n) {
+  return rows.column == static_cast<int64_t>(sizeof(T)) && rows.storage == Storage::same && n == kChunk;
+}
+
+template <class T>
 FK_INLINE void load_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, int64_t c, int n) {
   if (straight<T>(rows, n))
     std::memcpy(to, rows.at(r, c), sizeof(to));
-  else if (every_second<T>(rows) && n == kChunk)
-    for (int i = 0; i < kChunk; i += Shuffled<T>::kLanes)
-      load_every_second(to + i, reinterpret_cast<const T*>(rows.at(r, c + i)));
   else
     load_any(to, rows, r, c, n);
 }
@@ -151,7 +153,8 @@ FK_INLINE void shuffle(T* to, const T* from, const int32_t* lane, int64_t first)
 // Parameters that lie side by side, each to its feature: a vector of features needs no more than a vector of them. What
 // the other features get is not looked at.
 template <class T>
-FK_INLINE void expand_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, const Chunk& chunk, int64_t width) {
+__attribute__((noinline)) void expand_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, const Chunk& chunk,
+                                            int64_t width) {
   constexpr int V = Shuffled<T>::kLanes;
   const bool adjacent = straight<T>(rows, kChunk);
   if ((adjacent || every_second<T>(rows)) && width >= V) {
@@ -174,7 +177,8 @@ FK_INLINE void expand_chunk(T (&to)[kChunk], const Rows& rows, int64_t r, const 
 
 // The way back. A whole vector is stored for some features of it: what is too much belongs to features that follow.
 template <class T>
-FK_INLINE void compress_chunk(const Rows& rows, int64_t r, const Chunk& chunk, const T (&from)[kChunk], int64_t width) {
+__attribute__((noinline)) void compress_chunk(const Rows& rows, int64_t r, const Chunk& chunk, const T (&from)[kChunk],
+                                              int64_t width) {
   constexpr int V = Shuffled<T>::kLanes;
   const bool adjacent = straight<T>(rows, kChunk) && chunk.parameter + kChunk + V <= width;
   T side_by_side[2 * kChunk];

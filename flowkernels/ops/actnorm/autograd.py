@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowkernels._autograd import Function
 from flowkernels._library import operator, vmap_loop, vmap_rows
 from flowkernels.ops.actnorm import reference
 
@@ -30,7 +31,7 @@ backward_op: Any = operator(
 )
 
 
-class ActNorm(torch.autograd.Function):
+class ActNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod

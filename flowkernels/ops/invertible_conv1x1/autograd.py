@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowkernels._autograd import Function
 from flowkernels._library import operator, vmap_loop, vmap_rows
 from flowkernels.ops.invertible_conv1x1 import reference
 
@@ -32,7 +33,7 @@ backward_op: Any = operator(
 )
 
 
-class InvertibleConv1x1(torch.autograd.Function):
+class InvertibleConv1x1(Function):
     generate_vmap_rule = True
 
     @staticmethod
