@@ -60,8 +60,6 @@ def reference_double_backward(
 
 
 class _NotTwice(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.clone() for t in tensors[:count])

@@ -27,17 +27,11 @@ backward_op: Any = operator(
     "actnorm_backward(Tensor grad_y, Tensor grad_logdet, Tensor y, Tensor shift, Tensor log_scale, Tensor? mask, "
     "bool inverse, bool want_x) -> (Tensor, Tensor, Tensor)",
     reference.actnorm_backward,
-    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
 
 
 class ActNorm(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, logdet = forward_op(*args)
-        return y, logdet
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

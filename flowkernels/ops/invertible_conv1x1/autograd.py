@@ -29,17 +29,11 @@ backward_op: Any = operator(
     f"invertible_conv1x1_backward(Tensor grad_y, Tensor grad_logdet, Tensor flow_x, {_WEIGHT}, bool inverse)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.invertible_conv1x1_backward,
-    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
 
 
 class InvertibleConv1x1(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, logdet = forward_op(*args)
-        return y, logdet
+    forward = staticmethod(forward_op)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -83,7 +83,6 @@ fingerprint_op: Any = operator(
 pack_op: Any = operator(
     "maf_pack(Tensor[] parameters, Tensor[] masks, Tensor table, int size) -> Tensor",
     _compiled_only,
-    vmap=lambda info, dims, *args: vmap_loop(pack_op, info, dims, args),
     fake=_fake_pack,
 )
 maf_op: Any = operator(
@@ -98,7 +97,6 @@ backward_op: Any = operator(
     " Tensor[] tables, Tensor[] tables_back, int[] codes, float[] numbers, int[] context_widths, bool want_parameters)"
     " -> (Tensor, Tensor, Tensor)",
     _compiled_only,
-    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
     fake=_fake_backward,
 )
 
@@ -110,8 +108,6 @@ class Maf(Function):
 
     `tensors` holds, `lengths[i]` of each kind: contexts, packed, packed_back, tables, tables_back, masks, parameters.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flowkernels._autograd import backward_of, reference_double_backward
+from flowkernels._autograd import Function, backward_of, reference_double_backward
 from flowkernels._library import operator, vmap_loop, vmap_rows
 from flowkernels.ops.maf.reference import ACTIVATION
 from flowkernels.ops.masked_linear import reference
@@ -31,14 +30,11 @@ backward_op: Any = operator(
     f"masked_linear_backward(Tensor grad, Tensor x, Tensor weight, {_DEGREES}, bool want_x, bool want_weight)"
     " -> (Tensor, Tensor, Tensor)",
     reference.masked_linear_backward,
-    vmap=lambda info, dims, *args: vmap_loop(backward_op, info, dims, args),
 )
 
 
-class MaskedLinear(torch.autograd.Function):
+class MaskedLinear(Function):
     """Without activation: that is applied, where it is wanted and differentiated, by `masked_linear` itself."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -68,9 +64,7 @@ class MaskedLinear(torch.autograd.Function):
         )
 
 
-class MaskedLinearBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class MaskedLinearBackward(Function):
     @staticmethod
     def forward(
         grad: Tensor,
