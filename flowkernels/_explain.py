@@ -14,7 +14,7 @@ from flowkernels.integrations import describe as describe_peers
 from flowkernels.nn import MADE, ActNorm, AutoregressiveTransform, CouplingTransform, Invertible1x1, MaskedLinear
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
-from flowkernels.transforms import LogisticMixture, RQSpline
+from flowkernels.transforms import LogisticMixture, Spline
 
 _WHAT = {
     "reference": "plain PyTorch, the truth that the others are tested against",
@@ -65,7 +65,8 @@ def _(module: AutoregressiveTransform) -> str:
 
 @describe.register
 def _(module: CouplingTransform) -> str:
-    op = {RQSpline: "rq_spline", LogisticMixture: "logistic_mixture"}.get(type(module.transform), "affine_coupling")
+    kinds = {ScaleLaw: "affine_coupling", Spline: "rq_spline", LogisticMixture: "logistic_mixture"}
+    op = next(name for kind, name in kinds.items() if isinstance(module.transform, kind))
     law = f"law {module.transform.name}" if isinstance(module.transform, ScaleLaw) else str(module.transform)
     return f"{op}, both directions; {law}; {len(module.transformed)} of {len(module.mask)} features"
 

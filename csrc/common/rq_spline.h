@@ -1,21 +1,16 @@
-// The monotonic rational-quadratic spline: both directions and their derivatives, for `Lanes` elements at once.
+// Monotonic rational splines: both directions and their derivatives, for `Lanes` elements at once. What happens inside
+// a bin is in common/spline_bin.h.
 //
-// Parameters of an element are rows, [parameter][lane]: K widths, K heights, K - 1 inner slopes; a pointer, or a
-// `Strided` one where they lie apart (In, Out). Finding the bin is a
+// Parameters of an element are rows, [parameter][lane]: K widths, K heights, K - 1 inner slopes, and for the
+// linear-rational spline K lambdas; a pointer, or a `Strided` one where they lie apart (In, Out). Finding the bin is a
 // walk over all of them with selects, no branch and no gather, so that lanes become SIMD lanes. Inside, everything is a
 // fraction of the interval [-bound, bound], counted from its middle: u = x / (2 bound), and likewise for y.
-//
-// In a bin of width w and height h, with s = h / w, slopes d0 and d1 at its knots, theta = (u - u0) / w, t = theta (1 -
-// theta):
-//   R = (s theta^2 + d0 t) / (s + (d0 + d1 - 2 s) t)     y = y0 + h R
-//   dy/dx = s^2 (d1 theta^2 + 2 s t + d0 (1 - theta)^2) / (s + (d0 + d1 - 2 s) t)^2
-// The inverse solves R = eta for theta. With m = d0 (1 - eta) - d1 eta, b = m + 2 s eta, a = s - b:
-//   b^2 + 4 a s eta = m^2 + 4 s^2 eta (1 - eta) = D      a sum of squares, never negative
-//   theta = 2 s eta / (b + sqrt D) = (sqrt D - b) / (2 a)    the first where b >= 0, the second elsewhere: nothing
-//   cancels
 #pragma once
+#include <type_traits>
+
 #include "common/lanes.h"
 #include "common/math.h"
+#include "common/spline_bin.h"
 #include "common/sums.h"
 
 namespace fk {
@@ -23,50 +18,80 @@ namespace fk {
 // How parameters become bins (flowkernels/transforms.py).
 //   nflows  min + (1 - K min) softmax(scale u), slope = min_slope + softplus(u)
 //   zuko    softmax(u / (1 + |u| c)), slope = exp(u / (1 + |u| c'))
-enum class SplineStyle : int { nflows, zuko, count };
+//   pyro    as nflows with scale 1, but the slope at both ends is 1 - min_slope
+//   linear  as pyro, linear-rational, lambda = min_lambda + (1 - 2 min_lambda) sigmoid(u)
+enum class SplineStyle : int { nflows, zuko, pyro, linear, count };
 
 inline constexpr int kMaxBins = 64;
+
+inline int64_t spline_parameters(int64_t bins, int64_t style) {
+  return (static_cast<SplineStyle>(style) == SplineStyle::linear ? 4 : 3) * bins - 1;
+}
 
 template <class T>
 struct SplineOptions {
   int bins;
   SplineStyle style;
   T bound, min_width, min_height;
-  T slope;  // nflows: the smallest slope; zuko: 1 / |log of it|
-  T logit;  // nflows: factor of the logits; zuko: 2 / |log smallest slope|
+  T slope;       // zuko: 1 / |log of the smallest slope|; others: the smallest slope
+  T logit;       // zuko: 2 / |log of the smallest slope|; others: factor of the logits
+  T end;         // the slope at both ends
+  T min_lambda;  // linear
 };
 
 template <class T, class Numbers>
-SplineOptions<T> spline_options_of(int64_t bins, int64_t style, const Numbers& numbers) {
-  return {static_cast<int>(bins),     static_cast<SplineStyle>(style), static_cast<T>(numbers[0]),
-          static_cast<T>(numbers[1]), static_cast<T>(numbers[2]),      static_cast<T>(numbers[3]),
+SplineOptions<T> spline_options_of(int64_t bins, int64_t code, const Numbers& numbers) {
+  const auto style = static_cast<SplineStyle>(code);
+  const bool pyro = style == SplineStyle::pyro || style == SplineStyle::linear;
+  return {static_cast<int>(bins),
+          style,
+          static_cast<T>(numbers[0]),
+          static_cast<T>(numbers[1]),
+          static_cast<T>(numbers[2]),
+          static_cast<T>(numbers[3]),
+          pyro ? T(1) : static_cast<T>(numbers[4]),
+          static_cast<T>(pyro ? 1 - numbers[3] : 1),
           static_cast<T>(numbers[4])};
 }
 
+template <SplineStyle S>
+using BinFormula = std::conditional_t<S == SplineStyle::linear, LinearRational, RationalQuadratic>;
+
 template <SplineStyle S, class T>
 FK_INLINE T spline_logit(T u, const SplineOptions<T>& o) {
-  return S == SplineStyle::nflows ? u * o.logit : u / (T(1) + math::abs(u) * o.logit);
+  return S != SplineStyle::zuko ? u * o.logit : u / (T(1) + math::abs(u) * o.logit);
 }
 
 // d spline_logit / du
 template <SplineStyle S, class T>
 FK_INLINE T spline_logit_rate(T u, const SplineOptions<T>& o) {
-  if constexpr (S == SplineStyle::nflows) return o.logit;
+  if constexpr (S != SplineStyle::zuko) return o.logit;
   const T d = T(1) + math::abs(u) * o.logit;
   return T(1) / (d * d);
 }
 
 template <SplineStyle S, class T>
 FK_INLINE T spline_slope(T u, const SplineOptions<T>& o) {
-  return S == SplineStyle::nflows ? o.slope + math::softplus(u) : math::exp(u / (T(1) + math::abs(u) * o.slope));
+  return S != SplineStyle::zuko ? o.slope + math::softplus(u) : math::exp(u / (T(1) + math::abs(u) * o.slope));
 }
 
 // d spline_slope / du; `slope` is spline_slope(u).
 template <SplineStyle S, class T>
 FK_INLINE T spline_slope_rate(T u, T slope, const SplineOptions<T>& o) {
-  if constexpr (S == SplineStyle::nflows) return math::sigmoid(u);
+  if constexpr (S != SplineStyle::zuko) return math::sigmoid(u);
   const T d = T(1) + math::abs(u) * o.slope;
   return slope / (d * d);
+}
+
+template <class T>
+FK_INLINE T spline_lambda(T u, const SplineOptions<T>& o) {
+  return o.min_lambda + (T(1) - T(2) * o.min_lambda) * math::sigmoid(u);
+}
+
+// d spline_lambda / du
+template <class T>
+FK_INLINE T spline_lambda_rate(T u, const SplineOptions<T>& o) {
+  return (T(1) - T(2) * o.min_lambda) * math::sigmoid(u) * math::sigmoid(-u);
 }
 
 // What is known of one axis. `exponentials` hold exp(logit - largest) per bin; `factor` makes fractions of them.
@@ -83,7 +108,10 @@ struct SplineWork {
   SplineAxis<T, Lanes> x, y;
   alignas(64) T bin[Lanes];  // its number, as a T so that selects stay in one register file
   alignas(64) T raw0[Lanes], raw1[Lanes], d0[Lanes], d1[Lanes];
+  alignas(64) T raw_lambda[Lanes], lambda[Lanes];
   alignas(64) T theta[Lanes];
+
+  FK_INLINE SplineBin<T> bin_of(int i) const { return {y.size[i] / x.size[i], d0[i], d1[i], lambda[i]}; }
 };
 
 // exp(logit - largest) of every bin, and the factor that makes fractions of them.
@@ -92,7 +120,7 @@ FK_INLINE void spline_exponentials(In logits, T least, const SplineOptions<T>& o
   alignas(64) T largest[Lanes], sum[Lanes], rest[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) largest[i] = sum[i] = rest[i] = T(0);
-  if constexpr (S == SplineStyle::nflows) {  // zuko's logits stay below |log slope| / 2
+  if constexpr (S != SplineStyle::zuko) {  // zuko's logits stay below |log slope| / 2
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) largest[i] = spline_logit<S>(logits[i], o);
     for (int k = 1; k < o.bins; ++k) FK_SIMD
@@ -181,23 +209,30 @@ FK_INLINE void spline_locate(const T* x, In parameters, const SplineOptions<T>& 
     s.raw0[i] = s.bin[i] == T(k + 1) ? v : s.raw0[i];
     s.raw1[i] = s.bin[i] == T(k) ? v : s.raw1[i];
   }
+  const T end = o.end;  // a load under a condition would keep the loop from being vectorised
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
     const T d0 = spline_slope<S>(s.raw0[i], o), d1 = spline_slope<S>(s.raw1[i], o);
-    s.d0[i] = s.bin[i] == T(0) ? T(1) : d0;
-    s.d1[i] = s.bin[i] == T(bins - 1) ? T(1) : d1;
+    s.d0[i] = s.bin[i] == T(0) ? end : d0;
+    s.d1[i] = s.bin[i] == T(bins - 1) ? end : d1;
+    s.lambda[i] = T(0);
+  }
+  if constexpr (BinFormula<S>::has_lambda) {
+    const auto lambdas = slopes + (bins - 1) * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) s.raw_lambda[i] = T(0);
+    for (int k = 0; k < bins; ++k) FK_SIMD
+    for (int i = 0; i < Lanes; ++i) s.raw_lambda[i] = s.bin[i] == T(k) ? lambdas[k * Lanes + i] : s.raw_lambda[i];
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) s.lambda[i] = spline_lambda(s.raw_lambda[i], o);
   }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
     T theta;
     if constexpr (Inverse) {
-      const T d0 = s.d0[i], d1 = s.d1[i], slope = s.y.size[i] / s.x.size[i];
       const T eta =
           math::min(T(1), math::max(T(0), ((position[i] - s.y.start[i]) + (rest[i] - s.y.rest[i])) / s.y.size[i]));
-      const T m = d0 * (T(1) - eta) - d1 * eta, b = m + T(2) * slope * eta;
-      const T root = std::sqrt(m * m + T(4) * (slope * eta) * (slope * (T(1) - eta)));
-      const T sum = math::abs(b) + root;
-      theta = b >= T(0) ? T(2) * slope * eta / sum : sum / (T(2) * (slope + math::abs(b)));
+      theta = BinFormula<S>::theta_of(eta, s.bin_of(i));
     } else {
       theta = ((position[i] - s.x.start[i]) + (rest[i] - s.x.rest[i])) / s.x.size[i];
     }
@@ -212,12 +247,11 @@ FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>
   spline_locate<S, Inverse>(x, parameters, o, w);
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
-    const T theta = w.theta[i], rest = T(1) - theta, t = theta * rest, d0 = w.d0[i], d1 = w.d1[i];
-    const T s = w.y.size[i] / w.x.size[i], denominator = s + (d0 + d1 - T(2) * s) * t;
-    const T slope = (d1 * theta * theta + T(2) * s * t + d0 * rest * rest) / denominator * s * (s / denominator);
-    const T log_slope = math::log(slope);
+    const T theta = w.theta[i];
+    const BinValue<T> at = BinFormula<S>::value(theta, w.bin_of(i));
+    const T log_slope = math::log(at.slope);
     const T unit = Inverse ? w.x.start[i] + (w.x.rest[i] + w.x.size[i] * theta)
-                           : w.y.start[i] + (w.y.rest[i] + w.y.size[i] * ((s * theta * theta + d0 * t) / denominator));
+                           : w.y.start[i] + (w.y.rest[i] + w.y.size[i] * at.eta);
     const bool inside = spline_inside(x[i], o);
     y[i] = inside ? T(2) * o.bound * unit : x[i];
     logdet[i] = inside ? (Inverse ? -log_slope : log_slope) : T(0);
@@ -255,43 +289,38 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
   spline_locate<S, Inverse>(x, parameters, o, w);
   const int bins = o.bins;
   const T length = T(2) * o.bound;
-  alignas(64) T before_u[Lanes], own_u[Lanes], before_y[Lanes], own_y[Lanes], grad0[Lanes], grad1[Lanes];
+  alignas(64) T before_u[Lanes], own_u[Lanes], before_y[Lanes], own_y[Lanes];
+  alignas(64) T grad0[Lanes], grad1[Lanes], grad_lambda[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
-    const T theta = w.theta[i], rest = T(1) - theta, t = theta * rest, d0 = w.d0[i], d1 = w.d1[i];
-    const T s = w.y.size[i] / w.x.size[i], bend = d0 + d1 - T(2) * s, inv = T(1) / (s + bend * t);
-    const T n = d1 * theta * theta + T(2) * s * t + d0 * rest * rest, inv_n = T(1) / n;
-    const T slope = s * (n * inv) * (s * inv), ratio = (s * theta * theta + d0 * t) * inv;
-    const T turn = T(1) - T(2) * theta;
-    // d log slope / d theta
-    const T l_theta = T(2) * (d1 * theta + s * turn - d0 * rest) * inv_n - T(2) * bend * turn * inv;
+    const T theta = w.theta[i], s = w.y.size[i] / w.x.size[i];
+    const BinRates<T> r = BinFormula<S>::rates(theta, w.bin_of(i));
     const bool inside = spline_inside(x[i], o);
     T gy = inside ? grad_y[i] * length : T(0), gl = inside ? grad_logdet[i] : T(0), per_width;
     if constexpr (Inverse) {
-      const T gu = (gy - gl * l_theta / w.x.size[i]) / slope;
+      const T gu = (gy - gl * r.log_theta / w.x.size[i]) / r.slope;
       grad_x[i] = inside ? gu / length : grad_y[i];
       per_width = -gy;  // what the line of the forward direction comes to, without its cancellation
       gy = -gu;
       gl = -gl;
     } else {
-      per_width = gy * slope + gl * l_theta / w.x.size[i];
+      per_width = gy * r.slope + gl * r.log_theta / w.x.size[i];
       grad_x[i] = inside ? per_width / length : grad_y[i];
     }
     const T gr = gy * w.y.size[i];
-    const T gs = gr * (theta * theta - ratio * (T(1) - T(2) * t)) * inv +
-                 gl * (T(2) / s + T(2) * t * inv_n - T(2) * (T(1) - T(2) * t) * inv);
-    grad0[i] = gr * t * (T(1) - ratio) * inv + gl * (rest * rest * inv_n - T(2) * t * inv);
-    grad1[i] = -gr * ratio * t * inv + gl * (theta * theta * inv_n - T(2) * t * inv);
+    const T gs = gr * r.eta_s + gl * r.log_s;
     // The last bin ends at the bound, so its start alone moves: a softmax does not mind if its own share is taken off
     // all gradients, and they do not cancel later.
     const bool last = w.bin[i] == T(bins - 1);
     const T stretch = gs / w.x.size[i];
-    before_u[i] = last ? stretch * s - per_width * rest : -per_width;
+    before_u[i] = last ? stretch * s - per_width * (T(1) - theta) : -per_width;
     own_u[i] = last ? T(0) : -per_width * theta - stretch * s;
-    before_y[i] = last ? gy * (T(1) - ratio) - stretch : gy;
-    own_y[i] = last ? T(0) : gy * ratio + stretch;
-    grad0[i] *= spline_slope_rate<S>(w.raw0[i], d0, o);
-    grad1[i] *= spline_slope_rate<S>(w.raw1[i], d1, o);
+    before_y[i] = last ? gy * (T(1) - r.eta) - stretch : gy;
+    own_y[i] = last ? T(0) : gy * r.eta + stretch;
+    grad0[i] = (gr * r.eta_0 + gl * r.log_0) * spline_slope_rate<S>(w.raw0[i], w.d0[i], o);
+    grad1[i] = (gr * r.eta_1 + gl * r.log_1) * spline_slope_rate<S>(w.raw1[i], w.d1[i], o);
+    if constexpr (BinFormula<S>::has_lambda)
+      grad_lambda[i] = (gr * r.eta_lambda + gl * r.log_lambda) * spline_lambda_rate(w.raw_lambda[i], o);
   }
   spline_logit_gradients<S>(parameters, w.x, w.bin, before_u, own_u, o.min_width, o, grad_parameters);
   spline_logit_gradients<S>(parameters + bins * Lanes, w.y, w.bin, before_y, own_y, o.min_height, o,
@@ -300,15 +329,25 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
   for (int k = 0; k < bins - 1; ++k) FK_SIMD
   for (int i = 0; i < Lanes; ++i)
     slopes[k * Lanes + i] = (w.bin[i] == T(k + 1) ? grad0[i] : T(0)) + (w.bin[i] == T(k) ? grad1[i] : T(0));
+  if constexpr (BinFormula<S>::has_lambda) {
+    const auto lambdas = slopes + (bins - 1) * Lanes;
+    for (int k = 0; k < bins; ++k) FK_SIMD
+    for (int i = 0; i < Lanes; ++i) lambdas[k * Lanes + i] = w.bin[i] == T(k) ? grad_lambda[i] : T(0);
+  }
 }
 
-// Calls f.template operator()<Style, Inverse>().
+// Calls f.template operator()<Style, Inverse>(); pyro's quadratic spline is nflows' with other options.
 template <class Function>
 void dispatch_spline(SplineStyle style, bool inverse, Function&& f) {
+  const auto in_style = [&]<SplineStyle S>() {
+    inverse ? f.template operator()<S, true>() : f.template operator()<S, false>();
+  };
   if (style == SplineStyle::zuko)
-    inverse ? f.template operator()<SplineStyle::zuko, true>() : f.template operator()<SplineStyle::zuko, false>();
+    in_style.template operator()<SplineStyle::zuko>();
+  else if (style == SplineStyle::linear)
+    in_style.template operator()<SplineStyle::linear>();
   else
-    inverse ? f.template operator()<SplineStyle::nflows, true>() : f.template operator()<SplineStyle::nflows, false>();
+    in_style.template operator()<SplineStyle::nflows>();
 }
 
 }  // namespace fk

@@ -28,8 +28,9 @@ void bind_transform(MafCall<T>& call, const int64_t* codes, const double* number
   call.inverse = codes[2];
   if (is_spline(codes[0])) {
     const int64_t style = codes[0] - static_cast<int64_t>(Law::count), bins = static_cast<int64_t>(numbers[5]);
-    STD_TORCH_CHECK(call.net->parameters == 3 * bins - 1, "the plan must have ", 3 * bins - 1,
-                    " parameters per feature, got ", call.net->parameters);
+    const int64_t wanted = spline_parameters(bins, style);
+    STD_TORCH_CHECK(call.net->parameters == wanted, "the plan must have ", wanted, " parameters per feature, got ",
+                    call.net->parameters);
     return bind_spline(call.transform, bins, style, numbers, call.inverse);
   }
   FK_BEST(bind_affine<T>)(call.transform, static_cast<Law>(codes[0]), static_cast<Form>(codes[1]), call.inverse);

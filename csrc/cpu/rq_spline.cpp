@@ -1,4 +1,4 @@
-// rq_spline on the CPU: y and the log-det of a rational-quadratic spline, one pass over memory, and its backward.
+// rq_spline on the CPU: y and the log-det of a monotonic rational spline, one pass over memory, and its backward.
 #include "cpu/tensor.h"
 
 #include "cpu/elements.h"
@@ -6,7 +6,7 @@
 
 namespace fk {
 
-inline constexpr int kMaxSplineParameters = 3 * kMaxBins - 1;
+inline constexpr int kMaxSplineParameters = 4 * kMaxBins - 1;
 
 template <class T>
 struct SplineArguments {
@@ -40,8 +40,9 @@ template <class T>
 SplineArguments<T> spline_arguments(const Tensor& x, const Tensor& parameters, int64_t bins, int64_t style,
                                     const std::vector<double>& numbers, bool inverse) {
   STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3, "expected x (N, D) and parameters (N, D, P)");
-  STD_TORCH_CHECK(parameters.size(2) == 3 * bins - 1, "parameters must have ", 3 * bins - 1,
-                  " numbers per feature, got ", parameters.size(2));
+  const int64_t wanted = spline_parameters(bins, style);
+  STD_TORCH_CHECK(parameters.size(2) == wanted, "parameters must have ", wanted, " numbers per feature, got ",
+                  parameters.size(2));
   SplineArguments<T> a;
   a.x = element_view<T>(x);
   a.parameters = element_view<T>(parameters);

@@ -33,7 +33,7 @@ from flowkernels._checks import COMPUTE_DTYPE
 from flowkernels.ops.maf import Step, run_chain
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import RQSpline, Spline
 
 STATE = "_flowkernels"
 _PLAIN = (Tensor, nn.Parameter)  # subclasses of a tensor may mean anything
@@ -344,7 +344,7 @@ class Network:
         x: Any,
         context: Any,
         inverse: bool,
-        law: ScaleLaw | RQSpline,
+        law: ScaleLaw | Spline,
         form: str = "scale_shift",
         *,
         rank: int | None = None,
@@ -367,7 +367,7 @@ class Network:
         y, logdet = run_chain(x.reshape(-1, self.features), [step])
         return y.reshape(shape), logdet.reshape(shape[:-1])
 
-    def step(self, x: Tensor, context: Any, inverse: bool, law: ScaleLaw | RQSpline, form: str) -> Step | None:
+    def step(self, x: Tensor, context: Any, inverse: bool, law: ScaleLaw | Spline, form: str) -> Step | None:
         """This network's step of a chain on rows like `x`, or None where the peer has to do it.
 
         What our operators would refuse, the peer's own code may know how to do, or how to refuse.

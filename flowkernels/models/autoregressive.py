@@ -10,7 +10,7 @@ from flowkernels.models.flow import Flow
 from flowkernels.nn.autoregressive import AutoregressiveTransform
 from flowkernels.ops.maf import Step, run_chain
 from flowkernels.scales import ScaleLaw
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import Spline
 
 Order = str | Sequence[int] | Tensor
 
@@ -72,7 +72,7 @@ class MAF(AutoregressiveFlow):
         transforms: int = 5,
         *,
         context_features: int = 0,
-        law: str | ScaleLaw | RQSpline = "softplus",
+        law: str | ScaleLaw | Spline = "softplus",
         activation: str = "relu",
         order: str | Sequence[Order] = "alternating",
         degrees: str = "sequential",

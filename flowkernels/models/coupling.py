@@ -12,7 +12,7 @@ from flowkernels.nn.conditioners import MLP
 from flowkernels.nn.coupling import CouplingTransform
 from flowkernels.nn.masks import alternating_mask, half_mask
 from flowkernels.scales import ScaleLaw
-from flowkernels.transforms import RQSpline, Transform, as_transform, params_per_feature
+from flowkernels.transforms import RQSpline, Spline, Transform, as_transform, params_per_feature
 
 MASKS = ("half", "alternating")
 
@@ -37,7 +37,8 @@ class CouplingFlow(Flow):
 
     Args:
         features: D, at least 2. hidden_features: widths of each conditioner. transforms: how many couplings.
-        transform: a scale law, an `RQSpline` or a `LogisticMixture`, see `flowkernels.nn.CouplingTransform`.
+        transform: a scale law, an `RQSpline`, an `LRSpline` or a `LogisticMixture`, see
+            `flowkernels.nn.CouplingTransform`.
         context_features: K, width of the conditioning input. activation: of the conditioners.
         mask: ``"half"`` or ``"alternating"`` (which half is transformed changes from layer to layer), or a list of
         masks.
@@ -135,10 +136,10 @@ class RealNVP(CouplingFlow):
 
 
 class CouplingNSF(CouplingFlow):
-    """Neural spline flow of couplings: rational-quadratic splines of one half, given the other.
+    """Neural spline flow of couplings: rational splines of one half, given the other.
 
-    Arguments as for `CouplingFlow`, with the spline in place of the transform. Source: Durkan et al. 2019,
-    arXiv:1906.04032.
+    Arguments as for `CouplingFlow`, with an `RQSpline` or `LRSpline` in place of the transform. Source: Durkan et al.
+    2019, arXiv:1906.04032.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class CouplingNSF(CouplingFlow):
         hidden_features: Sequence[int] = (128, 128),
         transforms: int = 5,
         *,
-        spline: RQSpline | None = None,
+        spline: Spline | None = None,
         context_features: int = 0,
         activation: str = "relu",
         mask: str | Sequence[Tensor] = "half",

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flowkernels.models.autoregressive import MAF, Order
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import RQSpline, Spline
 
 
 class NSF(MAF):
-    """Neural spline flow, autoregressive: each transform is ``z_i = spline(x_i; theta(x_<i))``, rational-quadratic.
+    """Neural spline flow, autoregressive: each transform is ``z_i = spline(x_i; theta(x_<i))``, rational.
 
     Densities take one pass per transform; sampling is sequential, and exact, in one sweep
     (`flowkernels.ops.maf_inverse`).
 
-    Arguments as for `MAF`, with `spline` (default: nflows' way, 8 bins on [-3, 3]) in place of the scale law.
+    Arguments as for `MAF`, with `spline` in place of the scale law: an `RQSpline` (default: nflows' way, 8 bins
+    on [-3, 3]) or an `LRSpline`.
 
     Source: Durkan et al. 2019, arXiv:1906.04032.
     """
@@ -25,7 +26,7 @@ class NSF(MAF):
         hidden_features: Sequence[int] = (128, 128),
         transforms: int = 5,
         *,
-        spline: RQSpline | None = None,
+        spline: Spline | None = None,
         context_features: int = 0,
         activation: str = "relu",
         order: str | Sequence[Order] = "alternating",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowkernels.nn.made import MADE
 from flowkernels.ops.maf import Step, run_chain
 from flowkernels.scales import ScaleLaw
-from flowkernels.transforms import RQSpline, as_transform, identity_parameters
+from flowkernels.transforms import Spline, as_transform, identity_parameters
 
 
 class AutoregressiveTransform(nn.Module):
@@ -18,7 +18,7 @@ class AutoregressiveTransform(nn.Module):
 
     Args:
         features, hidden_features and the keywords that `MADE` takes.
-        law, form: the affine transform, see `flowkernels.ops.affine_coupling`; or an `RQSpline` as law.
+        law, form: the affine transform, see `flowkernels.ops.affine_coupling`; or an `RQSpline` or `LRSpline` as law.
         flipped: the sequential direction is x -> z instead of z -> x: an IAF.
     """
 
@@ -26,21 +26,21 @@ class AutoregressiveTransform(nn.Module):
         self,
         features: int,
         *args: Any,
-        law: str | ScaleLaw | RQSpline = "softplus",
+        law: str | ScaleLaw | Spline = "softplus",
         form: str = "scale_shift",
         flipped: bool = False,
         **keywords: Any,
     ) -> None:
         super().__init__()
         transform = as_transform(law)
-        if not isinstance(transform, (ScaleLaw, RQSpline)):
-            raise TypeError(f"law must be a scale law or an RQSpline, got {type(transform).__name__}")
-        if isinstance(transform, RQSpline):
+        if not isinstance(transform, (ScaleLaw, Spline)):
+            raise TypeError(f"law must be a scale law, an RQSpline or an LRSpline, got {type(transform).__name__}")
+        if isinstance(transform, Spline):
             keywords["params_per_feature"] = transform.params_per_feature
             keywords["parameter_names"] = transform.parameter_names
         self.conditioner = MADE(features, *args, **keywords)
         self.law, self.form, self.flipped = transform, form, flipped
-        if isinstance(transform, RQSpline):
+        if isinstance(transform, Spline):
             with torch.no_grad():
                 bias: Tensor = self.conditioner.layers[-1].bias  # type: ignore[assignment]
                 bias.add_(identity_parameters(transform).repeat(features))

@@ -13,7 +13,7 @@ from flowkernels.ops.rq_spline import rq_spline
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import (
     LogisticMixture,
-    RQSpline,
+    Spline,
     Transform,
     as_transform,
     identity_parameters,
@@ -29,7 +29,7 @@ class CouplingTransform(nn.Module):
         conditioner: a module (N, len a), context -> (N, len b, P) with P the transform's parameters per feature,
             such as `flowkernels.nn.MLP` and `flowkernels.nn.ConvNet`.
         transform: a scale law (name or `ScaleLaw`) for an affine transform, ``"unit"`` for an additive one, an
-            `RQSpline` or a `LogisticMixture`.
+            `RQSpline`, an `LRSpline` or a `LogisticMixture`.
         form: of the affine transform, see `flowkernels.ops.affine_coupling`.
 
     Sources: Dinh et al. 2015 (NICE), arXiv:1410.8516; Dinh et al. 2017 (RealNVP), arXiv:1605.08803.
@@ -90,7 +90,7 @@ class CouplingTransform(nn.Module):
 
 
 def _elementwise(transform: Any, x: Tensor, theta: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    if isinstance(transform, RQSpline):
+    if isinstance(transform, Spline):
         return rq_spline(x, theta, spline=transform, inverse=inverse)
     assert isinstance(transform, LogisticMixture)
     return logistic_mixture(x, theta, law=transform.law, min_log_scale=transform.min_log_scale, inverse=inverse)

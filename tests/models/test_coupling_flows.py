@@ -13,7 +13,7 @@ from flowkernels import explain, models, testing
 from flowkernels.models import Flow
 from flowkernels.nn import MLP, AutoregressiveTransform, CouplingTransform
 from flowkernels.nn.masks import half_mask
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import LRSpline, RQSpline, Spline
 
 Make = Callable[[int], Flow]
 MODELS: dict[str, Make] = {
@@ -21,6 +21,8 @@ MODELS: dict[str, Make] = {
     "realnvp": lambda k: models.RealNVP(5, (16,), 3, context_features=k),
     "realnvp_alternating": lambda k: models.RealNVP(5, (16,), 2, mask="alternating", actnorm=True, context_features=k),
     "coupling_nsf": lambda k: models.CouplingNSF(5, (16,), 2, spline=RQSpline("zuko", 4), context_features=k),
+    "coupling_linear_nsf": lambda k: models.CouplingNSF(5, (16,), 2, spline=LRSpline(4), context_features=k),
+    "linear_nsf": lambda k: models.NSF(5, (16, 16), 2, spline=LRSpline(4), context_features=k),
     "nsf": lambda k: models.NSF(5, (16, 16), 2, spline=RQSpline(bins=4), context_features=k),
     "image_realnvp": lambda k: models.ImageRealNVP((1, 4, 4), 8, 1, levels=2, couplings=2, context_features=k),
     "glow": lambda k: models.Glow((1, 4, 4), 8, 1, levels=2, steps=2, context_features=k),
@@ -130,12 +132,14 @@ def test_realnvp_is_a_maf_with_half_the_degrees_empty() -> None:
     assert maf.conditioner.plan.steps == 2  # the first half, then all of the second at once
 
 
-@pytest.mark.parametrize("style", ["nflows", "zuko"])
+@pytest.mark.parametrize(
+    "spline", [RQSpline("nflows", 4), RQSpline("zuko", 4), RQSpline("pyro", 4), LRSpline(4), LRSpline(64)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
-def test_autoregressive_splines_against_the_reference(style: str, dtype: torch.dtype, direction: str) -> None:
+def test_autoregressive_splines_against_the_reference(spline: Spline, dtype: torch.dtype, direction: str) -> None:
     torch.manual_seed(0)
-    layer = AutoregressiveTransform(7, (20, 20), law=RQSpline(style, 4), context_features=2, order="random").to(dtype)
+    layer = AutoregressiveTransform(7, (20, 20), law=spline, context_features=2, order="random").to(dtype)
     names = [name for name, _ in layer.named_parameters()]
 
     def call(x: Tensor, context: Tensor, *parameters: Tensor) -> Any:

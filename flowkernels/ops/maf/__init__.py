@@ -15,7 +15,7 @@ from flowkernels.ops.maf.autograd import Maf, maf_op
 from flowkernels.ops.maf.pack import packed_weights
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, ScaleLaw
-from flowkernels.transforms import RQSpline, as_transform, code_and_numbers
+from flowkernels.transforms import Spline, as_transform, code_and_numbers
 
 __all__ = ["Step", "maf_forward", "maf_inverse", "run_chain"]
 
@@ -26,7 +26,7 @@ def maf_forward(
     parameters: Sequence[Tensor],
     *,
     context: Tensor | None = None,
-    law: str | ScaleLaw | RQSpline = "softplus",
+    law: str | ScaleLaw | Spline = "softplus",
     form: str = "scale_shift",
 ) -> tuple[Tensor, Tensor]:
     r"""Density direction x -> z of a masked autoregressive transform, and its log-det, in one pass.
@@ -41,8 +41,8 @@ def maf_forward(
             weights are never used, and their gradient is zero.
         context: (N, plan.context_width), the terms added to the pre-activations of the layers ``plan.context``, side by
             side.
-        law, form: see `affine_coupling`. An `RQSpline` in place of the law makes the transform a rational-quadratic
-            spline; the plan then has its ``parameter_names`` (`flowkernels.transforms.RQSpline`).
+        law, form: see `affine_coupling`. An `RQSpline` or `LRSpline` in place of the law makes the transform a
+            rational spline; the plan then has its ``parameter_names`` (`flowkernels.transforms`).
 
     Returns:
         z (N, D) and logdet (N,) in nats, differentiable once with respect to x, context and every parameter.
@@ -63,7 +63,7 @@ def maf_inverse(
     parameters: Sequence[Tensor],
     *,
     context: Tensor | None = None,
-    law: str | ScaleLaw | RQSpline = "softplus",
+    law: str | ScaleLaw | Spline = "softplus",
     form: str = "scale_shift",
 ) -> tuple[Tensor, Tensor]:
     r"""Sampling direction z -> x: the exact inverse of `maf_forward`, and its log-det (minus the forward one).
@@ -85,7 +85,7 @@ class Step(NamedTuple):
     plan: Plan
     parameters: Sequence[Tensor]
     context: Tensor | None
-    law: ScaleLaw | RQSpline
+    law: ScaleLaw | Spline
     form: str
     inverse: bool
 
@@ -132,7 +132,7 @@ def run_chain(x: Tensor, steps: Sequence[Step], *, density: bool = False) -> tup
 
 def _form_of(steps: Sequence[Step]) -> str:
     """As `flowkernels.ops.maf.autograd.form_of`."""
-    return "maf_spline" if any(isinstance(step.law, RQSpline) for step in steps) else "maf"
+    return "maf_spline" if any(isinstance(step.law, Spline) for step in steps) else "maf"
 
 
 def _step_needs_grad(step: Step) -> bool:
@@ -153,15 +153,15 @@ def _reference_chain(x: Tensor, steps: Sequence[Step], density: bool) -> tuple[T
     return x, total + reference.log_normal(x) if density else total
 
 
-def _as_transform(law: Any) -> ScaleLaw | RQSpline:
+def _as_transform(law: Any) -> ScaleLaw | Spline:
     transform = as_transform(law)
-    if not isinstance(transform, (ScaleLaw, RQSpline)):
-        raise TypeError(f"law must be a scale law or an RQSpline, got {type(transform).__name__}")
+    if not isinstance(transform, (ScaleLaw, Spline)):
+        raise TypeError(f"law must be a scale law, an RQSpline or an LRSpline, got {type(transform).__name__}")
     return transform
 
 
 def _check(
-    name: str, x: Any, plan: Any, parameters: Sequence[Tensor], context: Any, law: ScaleLaw | RQSpline, form: str
+    name: str, x: Any, plan: Any, parameters: Sequence[Tensor], context: Any, law: ScaleLaw | Spline, form: str
 ) -> None:
     check_float_tensor(name, x)
     if not isinstance(plan, Plan):
@@ -192,7 +192,7 @@ def _check(
             "context", context, (x.shape[0], plan.context_width), "one row per sample, the plan's context_width"
         )
     check_choice("form", form, FORMS)
-    if isinstance(law, RQSpline):
+    if isinstance(law, Spline):
         if form != "scale_shift":
             raise ValueError(f"form must be left as it is for a spline, got {form!r}")
         if len(plan.parameters) != law.params_per_feature:

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowkernels.ops.affine_coupling import reference as affine
 from flowkernels.ops.rq_spline.reference import rq_spline
 from flowkernels.scales import FORMS, ScaleLaw
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import Spline
 
 if TYPE_CHECKING:
     from flowkernels.plan import Plan
@@ -56,9 +56,9 @@ def conditioner(x: Tensor, plan: Plan, parameters: Sequence[Tensor], context: Te
 
 
 def transform(
-    x: Tensor, theta: Tensor, plan: Plan, law: ScaleLaw | RQSpline, form: str, inverse: bool
+    x: Tensor, theta: Tensor, plan: Plan, law: ScaleLaw | Spline, form: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    if isinstance(law, RQSpline):
+    if isinstance(law, Spline):
         return rq_spline(x, theta, None, law.bins, law.code, law.numbers, inverse)
     shift = theta[..., plan.parameters.index("shift")]
     scale = theta[..., plan.parameters.index("scale")]
@@ -66,13 +66,13 @@ def transform(
 
 
 def maf_forward(
-    x: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw | RQSpline, form: str
+    x: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw | Spline, form: str
 ) -> tuple[Tensor, Tensor]:
     return transform(x, conditioner(x, plan, parameters, context), plan, law, form, False)
 
 
 def maf_inverse(
-    z: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw | RQSpline, form: str
+    z: Tensor, context: Tensor | None, plan: Plan, parameters: Sequence[Tensor], law: ScaleLaw | Spline, form: str
 ) -> tuple[Tensor, Tensor]:
     """After pass s the features of steps 0..s are right; the rest is not yet, but nothing right depends on it."""
     x = torch.zeros_like(z)

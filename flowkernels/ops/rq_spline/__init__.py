@@ -1,4 +1,4 @@
-"""The rational-quadratic spline of coupling and autoregressive flows, with its log-det."""
+"""The monotonic rational splines of coupling and autoregressive flows, with their log-det."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor, check_shape
 from flowkernels._library import needs_grad
 from flowkernels.ops.rq_spline import reference
 from flowkernels.ops.rq_spline.autograd import RqSpline, forward_op
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import Spline
 
 __all__ = ["rq_spline"]
 
@@ -18,26 +18,29 @@ def rq_spline(
     x: Tensor,
     parameters: Tensor,
     *,
-    spline: RQSpline,
+    spline: Spline,
     inverse: bool = False,
     logdet: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Monotonic rational-quadratic spline of every element, linear outside its bounds, and the log-det, in one pass.
+    r"""Monotonic rational spline of every element, linear outside its bounds, and the log-det, in one pass.
 
-    In the bin [x_k, x_k+1] of width w, height h, s = h / w and slopes d_k, d_k+1 at its knots, with
+    Rational-quadratic, in the bin [x_k, x_k+1] of width w, height h, s = h / w and slopes d_k, d_k+1 at its knots, with
     theta = (x - x_k) / w and t = theta (1 - theta)::
 
         y      = y_k + h (s theta^2 + d_k t) / (s + (d_k + d_k+1 - 2 s) t)
         logdet = sum_i log dy_i/dx_i over the last dimension (its negative when `inverse`), in nats
 
     The inverse solves the quadratic with a discriminant that is a sum of squares and a root that subtracts
-    nothing. Outside [-bound, bound] the transform is the identity, and the gradients of the parameters are zero.
+    nothing. The formula of an `LRSpline` stands in its docstring. Outside [-bound, bound] the transform is the
+    identity, and the gradients of the parameters are zero.
 
     Args:
         x: (..., D), float64, float32, bfloat16 or float16; halves are calculated in float32.
         parameters: (..., D, 3 K - 1), broadcastable to x's shape and one more dimension: K widths, K heights,
-            K - 1 slopes, unconstrained; same dtype and device. Strided views are read in place.
-        spline: an `RQSpline`: bins, bounds and how the parameters are read (nflows' or zuko's way).
+            K - 1 slopes, and for an `LRSpline` K lambdas (4 K - 1 in all), unconstrained; same dtype and device.
+            Strided views are read in place.
+        spline: an `RQSpline` (bins, bounds and how the parameters are read: nflows', zuko's or Pyro's way) or an
+            `LRSpline` (linear-rational, Pyro's default).
         inverse: transform y back to x.
         logdet: (...), a running log-det that this one is added to.
 
@@ -47,18 +50,20 @@ def rq_spline(
     Raises:
         TypeError, ValueError: the argument, what it was and what it should be.
 
-    Source: Durkan et al. 2019 (Neural Spline Flows), arXiv:1906.04032; Gregory & Delbourgo 1982.
+    Source: Durkan et al. 2019 (Neural Spline Flows), arXiv:1906.04032; Gregory & Delbourgo 1982; Dolatabadi et al.
+    2020 (linear-rational), arXiv:2001.05168.
     """
     check_float_tensor("x", x)
     if x.dim() < 1:
         raise ValueError("x must have at least one dimension, the features, got a scalar")
-    if not isinstance(spline, RQSpline):
-        raise TypeError(f"spline must be a flowkernels.transforms.RQSpline, got {type(spline).__name__}")
+    if not isinstance(spline, Spline):
+        raise TypeError(f"spline must be an RQSpline or an LRSpline, got {type(spline).__name__}")
     check_float_tensor("parameters", parameters, like=x)
     count = spline.params_per_feature
     if parameters.dim() < 1 or parameters.shape[-1] != count:
+        kinds = (count + 1) // spline.bins
         raise ValueError(
-            f"parameters must have {count} numbers per feature (3 bins - 1 with bins={spline.bins}) in the last "
+            f"parameters must have {count} numbers per feature ({kinds} bins - 1 with bins={spline.bins}) in the last "
             f"dimension, got shape {tuple(parameters.shape)}"
         )
     full = (*x.shape, count)
