@@ -329,6 +329,8 @@ struct DeviceTile {
       Transformed<T> out;
       if (call.spline.style == SplineStyle::zuko)
         rq_spline_lanes<SplineStyle::zuko, Inverse, 1>(&x, theta, call.spline, &out.y, &out.logdet);
+      else if (call.spline.style == SplineStyle::linear)
+        rq_spline_lanes<SplineStyle::linear, Inverse, 1>(&x, theta, call.spline, &out.y, &out.logdet);
       else
         rq_spline_lanes<SplineStyle::nflows, Inverse, 1>(&x, theta, call.spline, &out.y, &out.logdet);
       return out;
@@ -460,6 +462,9 @@ struct DeviceTile {
       if (call.spline.style == SplineStyle::zuko)
         rq_spline_backward_lanes<SplineStyle::zuko, Inverse, 1>(&grad_output, &grad_logdet, &z, theta, call.spline,
                                                                 &grad_input, to);
+      else if (call.spline.style == SplineStyle::linear)
+        rq_spline_backward_lanes<SplineStyle::linear, Inverse, 1>(&grad_output, &grad_logdet, &z, theta, call.spline,
+                                                                  &grad_input, to);
       else
         rq_spline_backward_lanes<SplineStyle::nflows, Inverse, 1>(&grad_output, &grad_logdet, &z, theta, call.spline,
                                                                   &grad_input, to);

@@ -17,7 +17,7 @@ from flowkernels.ops.masked_linear import reference as linear
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
 from flowkernels.testing import _shaken
-from flowkernels.transforms import RQSpline, as_transform, code_and_numbers
+from flowkernels.transforms import Spline, as_transform, code_and_numbers
 
 
 def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -142,7 +142,7 @@ def _blocked() -> Plan:
     return Plan(masks, layout="blocked", activation="elu")
 
 
-def spline_plan(spline: RQSpline, features: int, hidden: Sequence[int], **options: Any) -> Plan:
+def spline_plan(spline: Spline, features: int, hidden: Sequence[int], **options: Any) -> Plan:
     per = spline.params_per_feature
     return Plan(made_masks(features, hidden, per=per), parameters=spline.parameter_names, **options)
 
@@ -164,7 +164,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
 
 def check_maf(
     kernels: Any, plans: Sequence[Plan], samples: int, dtype: torch.dtype, inverse: bool, *,
-    law: str | ScaleLaw | RQSpline | Sequence[ScaleLaw | RQSpline] = "softplus", form: str = "scale_shift",
+    law: str | ScaleLaw | Spline | Sequence[ScaleLaw | Spline] = "softplus", form: str = "scale_shift",
     density: bool = False, device: str = "cpu",
 ) -> None:  # fmt: skip
     """A chain of transforms, forwards and backwards; `law` is that of all, or one of each."""

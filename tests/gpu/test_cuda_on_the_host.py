@@ -17,7 +17,7 @@ from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
 from flowkernels.ops.masked_linear.degrees import sorted_degrees
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import LRSpline, RQSpline, Spline
 
 FLOATS = (torch.float64, torch.float32)
 
@@ -73,9 +73,11 @@ def test_maf_laws(host_kernels: Any, law: str, form: str) -> None:
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
 @pytest.mark.parametrize(
-    "spline", [RQSpline("nflows", 4), RQSpline("zuko", 8, bound=2.0), RQSpline("nflows", 30)], ids=str
+    "spline",
+    [RQSpline("nflows", 4), RQSpline("zuko", 8, bound=2.0), RQSpline("nflows", 30), RQSpline("pyro", 4), LRSpline(4)],
+    ids=str,
 )
-def test_maf_splines(host_kernels: Any, spline: RQSpline, inverse: bool) -> None:
+def test_maf_splines(host_kernels: Any, spline: Spline, inverse: bool) -> None:
     plans = [spline_plan(spline, 5, [9, 8], activation="tanh"), spline_plan(spline, 5, [7], activation="silu")]
     for dtype, samples in zip(FLOATS, (5, 9), strict=True):
         check_maf(host_kernels, plans, samples, dtype, inverse, law=spline)

@@ -13,7 +13,7 @@ import flowkernels as fk
 from flowkernels import _cuda
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
-from flowkernels.transforms import RQSpline
+from flowkernels.transforms import LRSpline, RQSpline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 
@@ -64,7 +64,7 @@ def test_maf_at_real_sizes(name: str, inverse: bool) -> None:
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
 def test_maf_of_splines_and_laws(inverse: bool) -> None:
     kernels = kernels_of("cuda", "maf_spline")
-    for spline in (RQSpline("nflows", 8), RQSpline("zuko", 8), RQSpline("nflows", 64)):
+    for spline in (RQSpline("nflows", 8), RQSpline("zuko", 8), RQSpline("nflows", 64), LRSpline(8)):
         plans = [spline_plan(spline, 5, [40, 30]), Plan(made_masks(5, [30]))]
         for samples in (1, 9, 1000):
             check_maf(
