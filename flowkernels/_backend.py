@@ -33,15 +33,17 @@ def runs_reference(x: Tensor, operator: str | None = None) -> bool:
     Raises:
         RuntimeError: the backend that `use_backend` asks for does not run this operator on x's device.
     """
-    if _state.name == "reference":
+    # Every call of every operator passes here: is_cuda and is_cpu cost a tenth of device.type.
+    name = _state.name
+    if name == "reference":
         return True
-    if x.device.type == "cuda":
+    if x.is_cuda:
         if operator is None:
             return _cuda.why_not_cuda() is not None and _cuda.why_not_triton() is not None
-        return _cuda.choose(operator, _state.name)[0] == "reference"
-    if _state.name in ("cuda", "triton"):
-        raise RuntimeError(f"backend {_state.name!r} needs CUDA tensors, got one on {x.device}")
-    return x.device.type != "cpu" or (_state.name == "auto" and not _library.is_built())
+        return _cuda.choose(operator, name)[0] == "reference"
+    if name in ("cuda", "triton"):
+        raise RuntimeError(f"backend {name!r} needs CUDA tensors, got one on {x.device}")
+    return not x.is_cpu or (name == "auto" and not _library.is_built())
 
 
 def why_unavailable(name: str) -> str | None:
