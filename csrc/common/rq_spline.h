@@ -245,16 +245,24 @@ template <SplineStyle S, bool Inverse, int Lanes, class T, class In>
 FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>& o, T* y, T* logdet) {
   SplineWork<T, Lanes> w;
   spline_locate<S, Inverse>(x, parameters, o, w);
+  // One loop would have the compiler branch around all of it for lanes outside the bounds, one lane at a time.
+  alignas(64) T unit[Lanes], log_slope[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
     const T theta = w.theta[i];
     const BinValue<T> at = BinFormula<S>::value(theta, w.bin_of(i));
-    const T log_slope = math::log(at.slope);
-    const T unit = Inverse ? w.x.start[i] + (w.x.rest[i] + w.x.size[i] * theta)
-                           : w.y.start[i] + (w.y.rest[i] + w.y.size[i] * at.eta);
+    log_slope[i] = at.slope;
+    unit[i] = Inverse ? w.x.start[i] + (w.x.rest[i] + w.x.size[i] * theta)
+                      : w.y.start[i] + (w.y.rest[i] + w.y.size[i] * at.eta);
+  }
+  FK_SIMD
+  for (int i = 0; i < Lanes; ++i) log_slope[i] = math::log(log_slope[i]);
+  const T length = T(2) * o.bound, sign = Inverse ? T(-1) : T(1);
+  FK_SIMD
+  for (int i = 0; i < Lanes; ++i) {
     const bool inside = spline_inside(x[i], o);
-    y[i] = inside ? T(2) * o.bound * unit : x[i];
-    logdet[i] = inside ? (Inverse ? -log_slope : log_slope) : T(0);
+    y[i] = inside ? length * unit[i] : x[i];
+    logdet[i] = inside ? sign * log_slope[i] : T(0);
   }
 }
 
