@@ -40,6 +40,23 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: st
         raise ValueError(f"{name} must have shape {expected} ({meaning}), got {tuple(value.shape)}")
 
 
+def check_logdet(logdet: Tensor | None, x: Tensor) -> None:
+    """Raises unless the running log-det of rows `x`, where there is one, has a number for each row."""
+    if logdet is not None:
+        check_float_tensor("logdet", logdet)
+        check_shape("logdet", logdet, tuple(x.shape[:-1]), "x's shape without the features")
+        check_device("logdet", logdet, x)
+
+
+def check_parameter(name: str, value: Any, x: Tensor, autocast: bool) -> None:
+    """Raises unless `value` has x's dtype and device; under `autocast` a layer may give it in another dtype."""
+    if autocast and isinstance(value, Tensor) and torch.float64 not in (value.dtype, x.dtype):
+        check_float_tensor(name, value)
+        check_device(name, value, x)
+    else:
+        check_float_tensor(name, value, like=x)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flowkernels._backend import runs_reference
-from flowkernels._checks import COMPUTE_DTYPE, check_device, check_float_tensor, check_shape
+from flowkernels._checks import (
+    COMPUTE_DTYPE,
+    check_device,
+    check_float_tensor,
+    check_logdet,
+    check_parameter,
+    check_shape,
+)
 from flowkernels._library import needs_grad
 from flowkernels.ops.actnorm import reference
 from flowkernels.ops.actnorm.autograd import ActNorm, forward_op
@@ -54,11 +61,7 @@ def actnorm(
     check_float_tensor("x", x)
     shape, autocast = x.shape, torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     for name, value in (("shift", shift), ("log_scale", log_scale)):
-        if autocast and isinstance(value, Tensor) and value.dtype != torch.float64:
-            check_float_tensor(name, value)
-            check_device(name, value, x)
-        else:
-            check_float_tensor(name, value, like=x)
+        check_parameter(name, value, x, autocast)
     channels = shift.shape[0] if shift.dim() == 1 else 0
     if not channels:
         raise ValueError(f"shift must have shape (channels,), got {tuple(shift.shape)}")
@@ -70,10 +73,7 @@ def actnorm(
         )
     rows = math.prod(shape[:-1])
     mask = None if mask is None else _mask(mask, x, shape[-1] // channels, rows)
-    if logdet is not None:
-        check_float_tensor("logdet", logdet)
-        check_shape("logdet", logdet, tuple(shape[:-1]), "x's shape without the features")
-        check_device("logdet", logdet, x)
+    check_logdet(logdet, x)
 
     compute = torch.float32 if autocast else COMPUTE_DTYPE[x.dtype]
     result = compute if autocast else x.dtype

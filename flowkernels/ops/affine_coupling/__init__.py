@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowkernels._backend import runs_reference
-from flowkernels._checks import COMPUTE_DTYPE, check_choice, check_device, check_float_tensor, check_shape
+from flowkernels._checks import COMPUTE_DTYPE, check_choice, check_float_tensor, check_logdet, check_parameter
 from flowkernels._library import needs_grad
 from flowkernels._masks import Mask, positions_of
 from flowkernels.ops.affine_coupling import reference
@@ -75,19 +75,12 @@ def affine_coupling(
         raise ValueError(f"x must have at least one feature, its last dimension, got shape {tuple(shape)}")
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, value in (("shift", shift), ("scale", scale)):
-        if autocast and isinstance(value, Tensor) and value.dtype != torch.float64 and x.dtype != torch.float64:
-            check_float_tensor(name, value)
-            check_device(name, value, x)
-        else:
-            check_float_tensor(name, value, like=x)
+        check_parameter(name, value, x, autocast)
     if form not in _FORM_CODES:
         check_choice("form", form, FORMS)
     if form == "gate" and law.name != "sigmoid":
         raise ValueError(f"form 'gate' needs law 'sigmoid', got {law.name!r}")
-    if logdet is not None:
-        check_float_tensor("logdet", logdet)
-        check_shape("logdet", logdet, tuple(shape[:-1]), "x's shape without the features")
-        check_device("logdet", logdet, x)
+    check_logdet(logdet, x)
     positions = None
     width = shape[-1]
     if mask is not None:

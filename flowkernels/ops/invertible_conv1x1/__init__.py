@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from flowkernels._backend import runs_reference
-from flowkernels._checks import COMPUTE_DTYPE, check_device, check_float_tensor, check_shape
+from flowkernels._checks import (
+    COMPUTE_DTYPE,
+    check_device,
+    check_float_tensor,
+    check_logdet,
+    check_parameter,
+    check_shape,
+)
 from flowkernels._library import needs_grad
 from flowkernels.ops.invertible_conv1x1 import reference
 from flowkernels.ops.invertible_conv1x1.autograd import InvertibleConv1x1, forward_op
@@ -60,11 +67,7 @@ def invertible_conv1x1(
     shape, autocast = x.shape, torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     weight = {"lower": lower, "upper": upper, "log_diagonal": log_diagonal, "sign": sign}
     for name, value in weight.items():
-        if autocast and isinstance(value, Tensor) and value.dtype != torch.float64:
-            check_float_tensor(name, value)
-            check_device(name, value, x)
-        else:
-            check_float_tensor(name, value, like=x)
+        check_parameter(name, value, x, autocast)
     channels = lower.shape[0] if lower.dim() == 2 else 0
     if not channels:
         raise ValueError(f"lower must have shape (channels, channels), got {tuple(lower.shape)}")
@@ -81,10 +84,7 @@ def invertible_conv1x1(
             f"x must have a multiple of {channels} features, its last dimension: lower has {channels} channels, "
             f"x has shape {tuple(shape)}"
         )
-    if logdet is not None:
-        check_float_tensor("logdet", logdet)
-        check_shape("logdet", logdet, tuple(shape[:-1]), "x's shape without the features")
-        check_device("logdet", logdet, x)
+    check_logdet(logdet, x)
 
     rows = math.prod(shape[:-1])
     compute = torch.float32 if autocast else COMPUTE_DTYPE[x.dtype]

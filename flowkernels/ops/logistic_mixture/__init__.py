@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flowkernels._backend import runs_reference
-from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor, check_shape
+from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor, check_logdet
 from flowkernels._library import needs_grad
 from flowkernels.ops.logistic_mixture import reference
 from flowkernels.ops.logistic_mixture.autograd import LogisticMixture, forward_op
@@ -77,11 +77,7 @@ def logistic_mixture(
             )
         parameters = parameters.expand(full)
     dtype = COMPUTE_DTYPE[x.dtype]
-    if logdet is not None:
-        check_float_tensor("logdet", logdet)
-        check_shape("logdet", logdet, tuple(x.shape[:-1]), "x's shape without the features")
-        if logdet.device != x.device:
-            raise ValueError(f"logdet is on {logdet.device}, but x is on {x.device}: use one device")
+    check_logdet(logdet, x)
 
     features, count_rows = x.shape[-1], x.shape[:-1].numel()
     rows = x.to(dtype).reshape(count_rows, features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flowkernels._backend import runs_reference
-from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor, check_shape
+from flowkernels._checks import COMPUTE_DTYPE, check_float_tensor, check_logdet
 from flowkernels._library import needs_grad
 from flowkernels.ops.rq_spline import reference
 from flowkernels.ops.rq_spline.autograd import RqSpline, forward_op
@@ -74,11 +74,7 @@ def rq_spline(
             raise ValueError(f"parameters must broadcast to {full}, x's shape and the spline's parameters, got {given}")
         parameters = parameters.expand(full)
     dtype = COMPUTE_DTYPE[x.dtype]
-    if logdet is not None:
-        check_float_tensor("logdet", logdet)
-        check_shape("logdet", logdet, tuple(x.shape[:-1]), "x's shape without the features")
-        if logdet.device != x.device:
-            raise ValueError(f"logdet is on {logdet.device}, but x is on {x.device}: use one device")
+    check_logdet(logdet, x)
 
     features = x.shape[-1]
     count_rows = x.shape[:-1].numel()
