@@ -114,18 +114,19 @@ def _module(model: nn.Module) -> str:
     parts: dict[tuple[str, str, str], list[str]] = {}  # kind, backend, what -> the names of the modules alike
     reasons: dict[str, None] = {}  # a set that keeps its order
     seen: set[nn.Module] = set()
-    peers = {entry.name: entry for entry in describe_peers(model)}
+    peers = {entry.name: entry for entry in describe_peers(model) if not entry.what.startswith(_UNKNOWN)}
+    of_peers = {module for name, module in model.named_modules() if name in peers}
     for name, module in model.named_modules():
         if module in seen:
             continue
         kind, text = type(module).__name__, describe(module)
         peer = peers.get(name)
-        if text is None and peer is not None and not peer.what.startswith(_UNKNOWN):
+        if text is None and peer is not None:
             # A module of another library, as its integration describes it.
             backend, reason = "torch", "layers that call no flowkernels operator run as PyTorch runs them"
             if peer.what.startswith("accelerated: "):
                 backend, reason = _decide(next(module.parameters(), torch.empty(0)))
-            seen.update(module.modules())
+            seen.update(set(module.modules()) - of_peers)
             reasons.setdefault(f"{backend}: {reason}")
             parts.setdefault((peer.kind, backend, peer.what), []).append(name)
             continue

@@ -74,6 +74,7 @@ class Plan:
         self.layout = layout
         self._check()
         self.features = self.masks[0].shape[1]
+        self.order: Tensor | None = None
         self._find_times()
         self._build_tables()
         self.packs: dict[Any, Any] = {}  # of flowkernels/ops/maf/pack.py
@@ -281,11 +282,12 @@ class Plan:
             self.context_width,
             max(len(layer.perm) for layer in layers),
         ]
+        header.append(header[5])
         header += [0] * (16 - len(header))
         head = torch.tensor([*header, *(value for record in records for value in record)], dtype=torch.long)
         table = torch.cat([head, *body])
         # Offsets were counted from the body's start.
-        for at in (5, 6, 7):
+        for at in (5, 6, 7, 12):
             table[at] += header_size
         for index in range(len(layers)):
             start = 16 + 16 * index
@@ -314,6 +316,19 @@ class Plan:
             tables = (self.forward_table.to(device), self.backward_table.to(device))
             self._on_device[device] = (tables, [m.to(device) for m in self.masks])
         return self._on_device[device]
+
+    def on(self, order: Tensor) -> Plan:
+        """This network between permutations: its feature i is column ``order[i]`` of what goes in and comes out.
+
+        For chains on the CPU and for the reference. Shares all else, packed weights too.
+        """
+        placed = object.__new__(Plan)
+        placed.__dict__ = {**self.__dict__, "order": order, "_on_device": {}}
+        # Only what the data is read and written by: the weights keep their columns.
+        columns = order[torch.argsort(self.step, stable=True)]
+        placed.forward_table = torch.cat([self.forward_table, columns])
+        placed.forward_table[12] = len(self.forward_table)
+        return placed
 
     @property
     def context_width(self) -> int:

@@ -4,6 +4,9 @@
 
 #include "common/math.h"
 
+// Rows of lanes are reached by a pointer taken before the loop, row = data + k * Lanes: with an index k * Lanes + i
+// inside, GCC loads one number at a time (rq_spline, K = 8: 59 ns per element, 25 with pointers).
+//
 // Before such a loop: without it the compiler unrolls short loops first, and then finds nothing to vectorise in some of
 // them (rq_spline, K = 8: 490 ns per 16 elements without, 350 with).
 #if defined(__CUDACC__)

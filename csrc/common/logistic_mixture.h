@@ -29,6 +29,14 @@ struct MixtureWork {
   alignas(64) T most_below[Lanes], most_above[Lanes], most_density[Lanes], below[Lanes], above[Lanes], density[Lanes];
 };
 
+// The rows of one component.
+template <class T, int Lanes>
+struct MixtureComponent {
+  const T *logit, *mean, *log_scale;
+  FK_INLINE MixtureComponent(const T* logits, const T* means, const T* log_scales, int k)
+      : logit(logits + k * Lanes), mean(means + k * Lanes), log_scale(log_scales + k * Lanes) {}
+};
+
 // What one component adds to the three sums, relative to their largest terms, and sigmoid(v), sigmoid(-v).
 template <class T>
 struct MixtureTerms {
@@ -56,22 +64,28 @@ FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* 
     w.most_below[i] = w.most_above[i] = w.most_density[i] = -std::numeric_limits<T>::infinity();
     w.below[i] = w.above[i] = w.density[i] = T(0);
   }
-  for (int k = 0; k < o.components; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i) {
-    const T v = (x[i] - means[k * Lanes + i]) * w.inverse_scale[k * Lanes + i], l = logits[k * Lanes + i];
-    w.most_below[i] = math::max(w.most_below[i], l + math::min(T(0), v));
-    w.most_above[i] = math::max(w.most_above[i], l - math::max(T(0), v));
-    w.most_density[i] =
-        math::max(w.most_density[i], l - math::abs(v) - math::max(o.min_log_scale, log_scales[k * Lanes + i]));
+  for (int k = 0; k < o.components; ++k) {
+    const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
+    const T* const inverse_scale = w.inverse_scale + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const T v = (x[i] - of.mean[i]) * inverse_scale[i], l = of.logit[i];
+      w.most_below[i] = math::max(w.most_below[i], l + math::min(T(0), v));
+      w.most_above[i] = math::max(w.most_above[i], l - math::max(T(0), v));
+      w.most_density[i] = math::max(w.most_density[i], l - math::abs(v) - math::max(o.min_log_scale, of.log_scale[i]));
+    }
   }
-  for (int k = 0; k < o.components; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i) {
-    const MixtureTerms<T> t =
-        mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
-                      math::max(o.min_log_scale, log_scales[k * Lanes + i]), w.inverse_scale[k * Lanes + i], w, i);
-    w.below[i] += t.below;
-    w.above[i] += t.above;
-    w.density[i] += t.density;
+  for (int k = 0; k < o.components; ++k) {
+    const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
+    const T* const inverse_scale = w.inverse_scale + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const MixtureTerms<T> t = mixture_terms(x[i], of.logit[i], of.mean[i],
+                                              math::max(o.min_log_scale, of.log_scale[i]), inverse_scale[i], w, i);
+      w.below[i] += t.below;
+      w.above[i] += t.above;
+      w.density[i] += t.density;
+    }
   }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
@@ -86,9 +100,12 @@ FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* 
 
 template <int Lanes, class T>
 FK_INLINE void mixture_scales(const T* log_scales, const MixtureOptions<T>& o, MixtureWork<T, Lanes>& w) {
-  for (int k = 0; k < o.components; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i)
-    w.inverse_scale[k * Lanes + i] = math::exp(-math::max(o.min_log_scale, log_scales[k * Lanes + i]));
+  for (int k = 0; k < o.components; ++k) {
+    const T* const log_scale = log_scales + k * Lanes;
+    T* const inverse_scale = w.inverse_scale + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) inverse_scale[i] = math::exp(-math::max(o.min_log_scale, log_scale[i]));
+  }
 }
 
 // x with m(x) = target. At x = mean_k + s_k target component k alone gives the target, so the smallest and the largest
@@ -105,11 +122,14 @@ FK_INLINE void mixture_solve(const T* target, const T* logits, const T* means, c
     last[i] = std::numeric_limits<T>::infinity();
     open[i] = T(1);
   }
-  for (int k = 0; k < o.components; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i) {
-    const T at = means[k * Lanes + i] + target[i] / w.inverse_scale[k * Lanes + i];
-    low[i] = math::min(low[i], at);
-    high[i] = math::max(high[i], at);
+  for (int k = 0; k < o.components; ++k) {
+    const T *const mean = means + k * Lanes, *const inverse_scale = w.inverse_scale + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const T at = mean[i] + target[i] / inverse_scale[i];
+      low[i] = math::min(low[i], at);
+      high[i] = math::max(high[i], at);
+    }
   }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) x[i] = T(0.5) * low[i] + T(0.5) * high[i];
@@ -204,13 +224,17 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
     // d log slope / dx first: the total derivative of the outputs along x.
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) rate[i] = T(0);
-    for (int k = 0; k < K; ++k) FK_SIMD
-    for (int i = 0; i < Lanes; ++i) {
-      const T inv = w.inverse_scale[k * Lanes + i];
-      const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
-                                              math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
-      const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
-      rate[i] += inv * ((q - r) * t.up - (p - r) * t.down);
+    for (int k = 0; k < K; ++k) {
+      const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
+      const T* const inverse_scale = w.inverse_scale + k * Lanes;
+      FK_SIMD
+      for (int i = 0; i < Lanes; ++i) {
+        const T inv = inverse_scale[i];
+        const MixtureTerms<T> t =
+            mixture_terms(x[i], of.logit[i], of.mean[i], math::max(o.min_log_scale, of.log_scale[i]), inv, w, i);
+        const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
+        rate[i] += inv * ((q - r) * t.up - (p - r) * t.down);
+      }
     }
   }
   FK_SIMD
@@ -234,18 +258,24 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
     gx[i] = T(0);
     above[i] = math::sigmoid(-w.m[i]);
   }
-  for (int k = 0; k < K; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i) {
-    const T inv = w.inverse_scale[k * Lanes + i];
-    const MixtureTerms<T> t = mixture_terms(x[i], logits[k * Lanes + i], means[k * Lanes + i],
-                                            math::max(o.min_log_scale, log_scales[k * Lanes + i]), inv, w, i);
-    // Shares of the component in P, Q and the density; its weight is p P + q Q, which makes pi - p = Q (q - p).
-    const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
-    const T a = gm[i] * (p * t.down + q * t.up) + gl[i] * ((q - r) * t.up - (p - r) * t.down);
-    gx[i] += a * inv;
-    g_means[k * Lanes + i] = -a * inv;
-    g_logits[k * Lanes + i] = gm[i] * (p - q) + gl[i] * ((r - q) + above[i] * (q - p));
-    g_log_scales[k * Lanes + i] = log_scales[k * Lanes + i] < o.min_log_scale ? T(0) : -a * t.v - gl[i] * r;
+  for (int k = 0; k < K; ++k) {
+    const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
+    const T* const inverse_scale = w.inverse_scale + k * Lanes;
+    T *const g_logit = g_logits + k * Lanes, *const g_mean = g_means + k * Lanes;
+    T* const g_log_scale = g_log_scales + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const T inv = inverse_scale[i];
+      const MixtureTerms<T> t =
+          mixture_terms(x[i], of.logit[i], of.mean[i], math::max(o.min_log_scale, of.log_scale[i]), inv, w, i);
+      // Shares of the component in P, Q and the density; its weight is p P + q Q, which makes pi - p = Q (q - p).
+      const T p = t.below / w.below[i], q = t.above / w.above[i], r = t.density / w.density[i];
+      const T a = gm[i] * (p * t.down + q * t.up) + gl[i] * ((q - r) * t.up - (p - r) * t.down);
+      gx[i] += a * inv;
+      g_mean[i] = -a * inv;
+      g_logit[i] = gm[i] * (p - q) + gl[i] * ((r - q) + above[i] * (q - p));
+      g_log_scale[i] = of.log_scale[i] < o.min_log_scale ? T(0) : -a * t.v - gl[i] * r;
+    }
   }
   if constexpr (!Inverse) {
     FK_SIMD

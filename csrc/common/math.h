@@ -218,19 +218,6 @@ FK_INLINE float log_sigmoid(float x) {
   return min(0.0f, x) - detail::log1p_unit(y);
 }
 
-// log(softplus(x)). For x < 0 with y = e^x it is x + log(log(1+y) / y), where the error of y
-// cancels to first order; below -16 the second term is under half an ulp of x. The result has a
-// zero at x = 0.5413 where log(softplus) cancels, so the error is relative to max(|result|, 1):
-// max 1.5 ulp.
-FK_INLINE float log_softplus(float x) {
-  const float y = detail::exp_unguarded(-abs(x), 0.0f);
-  const float l = detail::log1p_unit(y);
-  const float z = x < 0.0f ? l / y : x + l;
-  float r = min(0.0f, x) + detail::log_normal(z, 0.0f);
-  r = x < -16.0f ? x : r;
-  return x < detail::kInf ? r : x;
-}
-
 // tanh(|x|) = |d / (d + 2)| with d = e^(+-2|x|) - 1, cut off at |x| = 10 where it is 1 in float.
 // The minus sign, for small |x|, keeps d + 2 below 2, where it is rounded more finely; above, the
 // plus sign gives the more accurate d. Max 2.0 ulp.
@@ -315,12 +302,6 @@ FK_INLINE float log1p(float x) { return ::log1pf(x); }
 FK_INLINE float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
 FK_INLINE float softplus(float x) { return max(0.0f, x) + ::log1pf(::expf(-abs(x))); }
 FK_INLINE float log_sigmoid(float x) { return min(0.0f, x) - ::log1pf(::expf(-abs(x))); }
-FK_INLINE float log_softplus(float x) {
-  const float y = ::expf(-abs(x));
-  const float l = ::log1pf(y);
-  const float r = min(0.0f, x) + ::logf(x < 0.0f ? l / y : x + l);
-  return x < -16.0f ? x : r;
-}
 FK_INLINE float tanh(float x) { return ::tanhf(x); }
 FK_INLINE float atan(float x) { return ::atanf(x); }
 FK_INLINE float erf(float x) { return ::erff(x); }
@@ -337,12 +318,6 @@ FK_INLINE double log1p(double x) { return ::log1p(x); }
 FK_INLINE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 FK_INLINE double softplus(double x) { return max(0.0, x) + ::log1p(::exp(-abs(x))); }
 FK_INLINE double log_sigmoid(double x) { return min(0.0, x) - ::log1p(::exp(-abs(x))); }
-FK_INLINE double log_softplus(double x) {
-  const double y = ::exp(-abs(x));
-  const double l = ::log1p(y);
-  const double r = min(0.0, x) + ::log(x < 0.0 ? l / y : x + l);
-  return x < -40.0 ? x : r;
-}
 FK_INLINE double tanh(double x) { return ::tanh(x); }
 FK_INLINE double atan(double x) { return ::atan(x); }
 FK_INLINE double erf(double x) { return ::erf(x); }

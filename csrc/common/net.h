@@ -40,6 +40,7 @@ inline constexpr int kMaxLayers = 64;
 struct Net {
   int64_t steps, layers, blocks, inputs, packed_size, features, parameters, context_width, widest;
   const int64_t* input_perm;
+  const int64_t* data_perm;  // where the inputs lie in a row of x and y
   const int64_t* input_up_to;
   const int64_t* block;  // [blocks + 1] step at which each block begins
   Layer layer[kMaxLayers];
@@ -63,6 +64,7 @@ inline Net read_net(const int64_t* table) {
   net.parameters = table[9];
   net.context_width = table[10];
   net.widest = table[11];
+  net.data_perm = table + table[12];
   for (int64_t l = 0; l < net.layers && l < kMaxLayers; ++l) {
     const int64_t* r = table + 16 + 16 * l;
     net.layer[l] = Layer{r[0],

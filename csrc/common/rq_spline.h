@@ -123,14 +123,21 @@ FK_INLINE void spline_exponentials(In logits, T least, const SplineOptions<T>& o
   if constexpr (S != SplineStyle::zuko) {  // zuko's logits stay below |log slope| / 2
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) largest[i] = spline_logit<S>(logits[i], o);
-    for (int k = 1; k < o.bins; ++k) FK_SIMD
-    for (int i = 0; i < Lanes; ++i) largest[i] = math::max(largest[i], spline_logit<S>(logits[k * Lanes + i], o));
+    for (int k = 1; k < o.bins; ++k) {
+      const In row = logits + k * Lanes;
+      FK_SIMD
+      for (int i = 0; i < Lanes; ++i) largest[i] = math::max(largest[i], spline_logit<S>(row[i], o));
+    }
   }
-  for (int k = 0; k < o.bins; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i) {
-    const T e = math::exp(spline_logit<S>(logits[k * Lanes + i], o) - largest[i]);
-    axis.exponentials[k * Lanes + i] = e;
-    add_exactly(sum[i], rest[i], e);
+  for (int k = 0; k < o.bins; ++k) {
+    const In row = logits + k * Lanes;
+    T* const exponentials = axis.exponentials + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const T e = math::exp(spline_logit<S>(row[i], o) - largest[i]);
+      exponentials[i] = e;
+      add_exactly(sum[i], rest[i], e);
+    }
   }
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
@@ -157,17 +164,18 @@ FK_INLINE void spline_find(const T* position, T least, int bins, SplineAxis<T, L
   }
   for (int k = 1; k < bins; ++k) {
     const bool last = k == bins - 1;
+    const T* const exponentials = axis.exponentials + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const bool here = Search ? position[i] >= knot[i] : bin[i] == T(k);
       // The last bin ends at 1/2 exactly, whatever the sum was rounded to.
-      const T size = last ? (T(0.5) - knot[i]) - rest[i] : least + axis.factor[i] * axis.exponentials[k * Lanes + i];
+      const T size = last ? (T(0.5) - knot[i]) - rest[i] : least + axis.factor[i] * exponentials[i];
       if constexpr (Search) bin[i] = here ? T(k) : bin[i];
       axis.start[i] = here ? knot[i] : axis.start[i];
       axis.rest[i] = here ? rest[i] : axis.rest[i];
       axis.size[i] = here ? size : axis.size[i];
       add_exactly(knot[i], rest[i], size);
-      rest[i] += axis.factor_rest[i] * axis.exponentials[k * Lanes + i];
+      rest[i] += axis.factor_rest[i] * exponentials[i];
     }
   }
 }
@@ -203,11 +211,14 @@ FK_INLINE void spline_locate(const T* x, In parameters, const SplineOptions<T>& 
   const In slopes = parameters + 2 * bins * Lanes;
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) s.raw0[i] = s.raw1[i] = T(0);
-  for (int k = 0; k < bins - 1; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i) {
-    const T v = slopes[k * Lanes + i];
-    s.raw0[i] = s.bin[i] == T(k + 1) ? v : s.raw0[i];
-    s.raw1[i] = s.bin[i] == T(k) ? v : s.raw1[i];
+  for (int k = 0; k < bins - 1; ++k) {
+    const In row = slopes + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const T v = row[i];
+      s.raw0[i] = s.bin[i] == T(k + 1) ? v : s.raw0[i];
+      s.raw1[i] = s.bin[i] == T(k) ? v : s.raw1[i];
+    }
   }
   const T end = o.end;  // a load under a condition would keep the loop from being vectorised
   FK_SIMD
@@ -218,11 +229,13 @@ FK_INLINE void spline_locate(const T* x, In parameters, const SplineOptions<T>& 
     s.lambda[i] = T(0);
   }
   if constexpr (BinFormula<S>::has_lambda) {
-    const auto lambdas = slopes + (bins - 1) * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) s.raw_lambda[i] = T(0);
-    for (int k = 0; k < bins; ++k) FK_SIMD
-    for (int i = 0; i < Lanes; ++i) s.raw_lambda[i] = s.bin[i] == T(k) ? lambdas[k * Lanes + i] : s.raw_lambda[i];
+    for (int k = 0; k < bins; ++k) {
+      const In row = slopes + (bins - 1 + k) * Lanes;
+      FK_SIMD
+      for (int i = 0; i < Lanes; ++i) s.raw_lambda[i] = s.bin[i] == T(k) ? row[i] : s.raw_lambda[i];
+    }
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) s.lambda[i] = spline_lambda(s.raw_lambda[i], o);
   }
@@ -279,11 +292,15 @@ FK_INLINE void spline_logit_gradients(In logits, const SplineAxis<T, Lanes>& axi
     const T fractions = (axis.start[i] + T(0.5)) + axis.rest[i];
     mean[i] = (before[i] * (fractions - bin[i] * least) + own[i] * (axis.size[i] - least)) * scale;
   }
-  for (int k = 0; k < o.bins; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i) {
-    const T g = bin[i] > T(k) ? before[i] : (bin[i] == T(k) ? own[i] : T(0));
-    grad[k * Lanes + i] = axis.factor[i] * axis.exponentials[k * Lanes + i] * (g - mean[i]) *
-                          spline_logit_rate<S>(logits[k * Lanes + i], o);
+  for (int k = 0; k < o.bins; ++k) {
+    const In row = logits + k * Lanes;
+    const Out to = grad + k * Lanes;
+    const T* const exponentials = axis.exponentials + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i) {
+      const T g = bin[i] > T(k) ? before[i] : (bin[i] == T(k) ? own[i] : T(0));
+      to[i] = axis.factor[i] * exponentials[i] * (g - mean[i]) * spline_logit_rate<S>(row[i], o);
+    }
   }
 }
 
@@ -334,13 +351,18 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
   spline_logit_gradients<S>(parameters + bins * Lanes, w.y, w.bin, before_y, own_y, o.min_height, o,
                             grad_parameters + bins * Lanes);
   const Out slopes = grad_parameters + 2 * bins * Lanes;
-  for (int k = 0; k < bins - 1; ++k) FK_SIMD
-  for (int i = 0; i < Lanes; ++i)
-    slopes[k * Lanes + i] = (w.bin[i] == T(k + 1) ? grad0[i] : T(0)) + (w.bin[i] == T(k) ? grad1[i] : T(0));
+  for (int k = 0; k < bins - 1; ++k) {
+    const Out to = slopes + k * Lanes;
+    FK_SIMD
+    for (int i = 0; i < Lanes; ++i)
+      to[i] = (w.bin[i] == T(k + 1) ? grad0[i] : T(0)) + (w.bin[i] == T(k) ? grad1[i] : T(0));
+  }
   if constexpr (BinFormula<S>::has_lambda) {
-    const auto lambdas = slopes + (bins - 1) * Lanes;
-    for (int k = 0; k < bins; ++k) FK_SIMD
-    for (int i = 0; i < Lanes; ++i) lambdas[k * Lanes + i] = w.bin[i] == T(k) ? grad_lambda[i] : T(0);
+    for (int k = 0; k < bins; ++k) {
+      const Out to = slopes + (bins - 1 + k) * Lanes;
+      FK_SIMD
+      for (int i = 0; i < Lanes; ++i) to[i] = w.bin[i] == T(k) ? grad_lambda[i] : T(0);
+    }
   }
 }
 

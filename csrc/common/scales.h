@@ -9,7 +9,8 @@
 //   clip      exp(clamp(u, lo, hi))                a = lo, b = hi, c = 1: gradient passes through the clamp, 0: stops
 //   unit      1
 //
-// log sigma always comes from u, never from a rounded sigma.
+// log sigma comes from u wherever a rounded sigma would not do. Which formula holds is a select over finished numbers,
+// not a branch: a loop over lanes stays one of vectors.
 #pragma once
 #include "common/math.h"
 
@@ -31,13 +32,19 @@ struct Scale {
   T sigma, log_sigma;
 };
 
+// Without a floor, softplus(v) and its rate underflow; from here on down log softplus(v) is v, to half an ulp.
+template <class T>
+FK_INLINE bool softplus_is_exp(T v, const LawParameters<T>& p) {
+  return p.b == T(0) && v < (sizeof(T) == 4 ? T(-16) : T(-36));
+}
+
 template <Law L, class T>
 FK_INLINE Scale<T> scale_of(T u, const LawParameters<T>& p) {
   if constexpr (L == Law::softplus) {
     const T v = u + p.a;
     const T sigma = math::softplus(v) + p.b;
-    // Without a floor the logarithm of an underflowed softplus would be -inf where log softplus(v) ~ v.
-    return {sigma, p.b > T(0) ? math::log(sigma) : math::log_softplus(v)};
+    const T log_sigma = math::log(sigma);
+    return {sigma, softplus_is_exp(v, p) ? v : log_sigma};
   } else if constexpr (L == Law::sigmoid) {
     const T v = u + p.a;
     const T sigma = math::sigmoid(v) + p.b;
@@ -63,9 +70,8 @@ FK_INLINE T scale_slope(T u, const LawParameters<T>& p) {
   if constexpr (L == Law::exp) return p.a;
   if constexpr (L == Law::softplus) {
     const T v = u + p.a;
-    // sigmoid(v) / softplus(v) -> 1 for v -> -inf, where both underflow.
-    return p.b > T(0) ? math::sigmoid(v) / (math::softplus(v) + p.b)
-                      : math::exp(math::log_sigmoid(v) - math::log_softplus(v));
+    const T rate = math::sigmoid(v) / (math::softplus(v) + p.b);
+    return softplus_is_exp(v, p) ? T(1) : rate;
   }
   if constexpr (L == Law::sigmoid) {
     const T v = u + p.a, s = math::sigmoid(v), complement = math::sigmoid(-v);

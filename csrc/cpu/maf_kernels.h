@@ -28,12 +28,16 @@ void multiply_add_range(const Layer& layer, const Panel* group, const T* packed,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Transforms over rows of lanes.
+// Transforms over rows of lanes. The law is copied first: results that are stored might lie where a reference points,
+// and a law that may change from lane to lane is worked out one lane at a time.
 
 template <Law L, Form F, bool Inverse, class T>
 void affine_lanes(const T* x, const T* parameters, T* y, T* logdet, const Transform<T>& t) {
+  const LawParameters<T> law = t.law;
+  const T *shift = parameters, *u = parameters + kLanes;
+  FK_SIMD
   for (int i = 0; i < kLanes; ++i) {
-    const Transformed<T> out = affine<L, F, Inverse>(x[i], parameters[i], parameters[kLanes + i], t.law);
+    const Transformed<T> out = affine<L, F, Inverse>(x[i], shift[i], u[i], law);
     y[i] = out.y;
     logdet[i] += out.logdet;
   }
@@ -42,12 +46,15 @@ void affine_lanes(const T* x, const T* parameters, T* y, T* logdet, const Transf
 template <Law L, Form F, bool Inverse, class T>
 void affine_lanes_backward(const T* grad_y, const T* grad_logdet, const T* x, const T* parameters, T* grad_x,
                            T* grad_parameters, const Transform<T>& t) {
+  const LawParameters<T> law = t.law;
+  const T *shift = parameters, *u = parameters + kLanes;
+  T *grad_shift = grad_parameters, *grad_u = grad_parameters + kLanes;
+  FK_SIMD
   for (int i = 0; i < kLanes; ++i) {
-    const AffineGradient<T> g =
-        affine_backward<L, F, Inverse>(grad_y[i], grad_logdet[i], x[i], parameters[i], parameters[kLanes + i], t.law);
+    const AffineGradient<T> g = affine_backward<L, F, Inverse>(grad_y[i], grad_logdet[i], x[i], shift[i], u[i], law);
     grad_x[i] = g.x;
-    grad_parameters[i] = g.shift;
-    grad_parameters[kLanes + i] = g.u;
+    grad_shift[i] = g.shift;
+    grad_u[i] = g.u;
   }
 }
 
@@ -328,7 +335,7 @@ void maf_forward_by(const MafCall<T>& call, int64_t begin, int64_t end) {
   const ForwardStage<T, Lanes> stage{call};
   for_each_tile(call, begin, end, tile, [&] {
     for (int64_t f = 0; f < features; ++f)
-      load_lanes(tile, tile.inputs + f * Lanes, call.input + net.input_perm[f], features);
+      load_lanes(tile, tile.inputs + f * Lanes, call.input + net.data_perm[f], features);
     run_dense(tile, stage);
     const T* theta = tile.output[net.layers - 1];
     elements.begin(tile);
@@ -336,7 +343,7 @@ void maf_forward_by(const MafCall<T>& call, int64_t begin, int64_t end) {
       alignas(64) T y[kLanes];
       const int64_t n = std::min<int64_t>(Run::kFeatures, features - f);
       elements.run(tile.inputs + f * Lanes, theta + f * per * Lanes, y, n);
-      for (int64_t i = 0; i < n; ++i) store_lanes(tile, call.output + net.input_perm[f + i], features, y + i * Lanes);
+      for (int64_t i = 0; i < n; ++i) store_lanes(tile, call.output + net.data_perm[f + i], features, y + i * Lanes);
     }
     elements.store(tile);
     stage.keep(tile);
@@ -354,8 +361,7 @@ void maf_inverse_by(const MafCall<T>& call, int64_t begin, int64_t end) {
   Run elements(call, noise + features * Lanes);
   const ForwardStage<T, Lanes> stage{call};
   for_each_tile(call, begin, end, tile, [&] {
-    for (int64_t f = 0; f < features; ++f)
-      load_lanes(tile, noise + f * Lanes, call.input + net.input_perm[f], features);
+    for (int64_t f = 0; f < features; ++f) load_lanes(tile, noise + f * Lanes, call.input + net.data_perm[f], features);
     const T* theta = tile.output[net.layers - 1];
     elements.begin(tile);
     run_sweep(tile, stage, [&](int64_t r0, int64_t r1) {
@@ -364,7 +370,7 @@ void maf_inverse_by(const MafCall<T>& call, int64_t begin, int64_t end) {
                      std::min<int64_t>(Run::kFeatures, r1 / per - f));
     });
     for (int64_t f = 0; f < features; ++f)
-      store_lanes(tile, call.output + net.input_perm[f], features, tile.inputs + f * Lanes);
+      store_lanes(tile, call.output + net.data_perm[f], features, tile.inputs + f * Lanes);
     elements.store(tile);
     stage.keep(tile);
     if constexpr (Lanes == kLanes)
@@ -424,7 +430,7 @@ void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
     stage.load(tile);
     load_lanes(tile, grad_logdet, call.grad_logdet, 1);
     for (int64_t f = 0; f < features; ++f) {
-      load_lanes(tile, grad_y, call.input + net.input_perm[f], features);
+      load_lanes(tile, grad_y, call.input + net.data_perm[f], features);
       call.transform.backward(grad_y, grad_logdet, stage.held_input(f), stage.held_parameters(f),
                               memory.direct + f * kLanes, memory.grads, call.transform);
       store_reversed(tile.inputs + (features - 1 - f) * per * kLanes, per, memory.grads);
@@ -434,7 +440,7 @@ void maf_forward_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
     for (int64_t f = 0; f < features; ++f) {
       T* row = memory.direct + f * kLanes;
       for (int i = 0; i < kLanes; ++i) row[i] += through[(features - 1 - f) * kLanes + i];
-      store_lanes(tile, call.output + net.input_perm[f], features, row);
+      store_lanes(tile, call.output + net.data_perm[f], features, row);
     }
     stage.keep(tile);
   });
@@ -455,13 +461,13 @@ void maf_inverse_backward(const MafCall<T>& call, int64_t begin, int64_t end) {
     run_sweep(tile, stage, [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t f = features - 1 - r;
-        load_lanes(tile, grad_x, call.input + net.input_perm[f], features);
+        load_lanes(tile, grad_x, call.input + net.data_perm[f], features);
         const T* through = tile.output[tile.net.layers - 1] + r * kLanes;
         for (int i = 0; i < kLanes; ++i) grad_x[i] += through[i];
         call.transform.backward(grad_x, grad_logdet, stage.held_noise(f), stage.held_parameters(f), grad_z,
                                 memory.grads, call.transform);
         store_reversed(tile.inputs + r * per * kLanes, per, memory.grads);
-        store_lanes(tile, call.output + net.input_perm[f], features, grad_z);
+        store_lanes(tile, call.output + net.data_perm[f], features, grad_z);
       }
     });
     stage.keep(tile);

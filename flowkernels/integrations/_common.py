@@ -201,6 +201,29 @@ def takes(x: Any, *others: Any) -> bool:
     return bool(x.is_floating_point())
 
 
+class Hooks:
+    """Hooks of some modules: only a call of the module runs them."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self._handles, self._found = -1, False
+
+    def any(self) -> bool:
+        # Every hook that is registered anywhere counts up next_id: as long as that stands still, no hook was added.
+        if RemovableHandle.next_id != self._handles or self._found:
+            self._handles = RemovableHandle.next_id
+            self._found = any(
+                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                for m in self.modules
+            )
+        return self._found or bool(
+            nn_module._global_forward_hooks
+            or nn_module._global_forward_pre_hooks
+            or nn_module._global_backward_hooks
+            or nn_module._global_backward_pre_hooks
+        )
+
+
 class Network:
     """A peer's masked network, ready to be run; notices when it changes.
 
@@ -224,7 +247,7 @@ class Network:
         self._plans: dict[bool, Plan] = {}
         self._columns = _Columns()
         self._context_columns: list[_Columns] = []
-        self._handles, self._hooked = -1, False
+        self.hooks = Hooks(self.reader.modules)
         try:
             self.structure = self.read(self.reader)
             plan = self._plan(True)
@@ -294,7 +317,7 @@ class Network:
             self.refresh()
         if self.structure is None:
             return self.reason
-        if self._has_hooks():
+        if self.hooks.any():
             return "hooks on inner layers have to run"
         if any(d.p and d.training for d in self.reader.dropouts):
             return "dropout in training mode"
@@ -306,21 +329,6 @@ class Network:
                 return True
         return any(mask._version != version for mask, version in self.reader.masks)
 
-    def _has_hooks(self) -> bool:
-        # Every hook that is registered anywhere counts up next_id: as long as that stands still, no hook was added.
-        if RemovableHandle.next_id != self._handles or self._hooked:
-            self._handles = RemovableHandle.next_id
-            self._hooked = any(
-                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-                for m in self.reader.modules
-            )
-        return self._hooked or bool(
-            nn_module._global_forward_hooks
-            or nn_module._global_forward_pre_hooks
-            or nn_module._global_backward_hooks
-            or nn_module._global_backward_pre_hooks
-        )
-
     def ready(self) -> bool:
         """Whether the kernels may run now: nothing has changed, and nothing but the kernels has to see this call."""
         if not may_run():
@@ -328,7 +336,7 @@ class Network:
         if torch.compiler.is_compiling():
             if self.structure is None:
                 return False
-        elif self._stale() or self._has_hooks():
+        elif self._stale() or self.hooks.any():
             return False
         return not any(dropout.p and dropout.training for dropout in self.reader.dropouts)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from flowkernels.integrations._chain import Cascade, Composite
 from flowkernels.integrations._common import Adapter, Left, Reader, Replaced, law_of, takes
 from flowkernels.integrations._made import TRANSFORM_METHODS, AffineMade, MadeNetwork
 from flowkernels.integrations._nflows_models import from_nflows, to_nflows
@@ -83,7 +85,8 @@ def _default_scale(transform: Any) -> None:
 
 
 def adapters() -> list[Adapter]:
-    from nflows.transforms import autoregressive, coupling, made, nonlinearities
+    from nflows.transforms import autoregressive, base, coupling, made, nonlinearities
+    from nflows.transforms import permutations as permutation
 
     def network(transform: nn.Module) -> MadeNetwork:
         return MadeNetwork(transform, made, False, affine_law)
@@ -91,6 +94,28 @@ def adapters() -> list[Adapter]:
     def additive(transform: nn.Module) -> None:
         raise Left("its only operation is an addition: nothing to fuse")
 
+    def cascade(composite: Any) -> Cascade:
+        children = composite._transforms._modules
+        made = [isinstance(child, autoregressives) for child in children.values()]
+        fits = [m or _permutation(child) is not None for m, child in zip(made, children.values(), strict=True)]
+        if not any(all(fits[i : i + 2]) and any(made[i : i + 2]) for i in range(len(made) - 1)):
+            raise Left("no autoregressive transform or permutation follows another in it")
+        return Cascade(children, _permutation)
+
+    def _permutation(child: Any) -> Tensor | None:
+        """What a child that only permutes features takes from where, None for other children."""
+        if type(child) not in permutations or "forward" in child.__dict__ or "inverse" in child.__dict__:
+            return None
+        found = child._buffers.get("_permutation")
+        if child._dim != 1 or found is None or found.is_inference() or not found.is_cpu or found.dtype != torch.long:
+            return None
+        return found if torch.equal(found.sort().values, torch.arange(len(found))) else None
+
+    autoregressives = (
+        autoregressive.MaskedAffineAutoregressiveTransform,
+        autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+    )
+    permutations = {getattr(permutation, name) for name in ("Permutation", "RandomPermutation", "ReversePermutation")}
     both_ways = ("forward", "inverse", "_coupling_transform_forward", "_coupling_transform_inverse")
     return [
         Adapter(
@@ -99,6 +124,14 @@ def adapters() -> list[Adapter]:
             AffineMade,
             network,
             "forward by maf_forward, inverse by maf_inverse",
+        ),
+        Adapter(
+            base.CompositeTransform,
+            ("forward", "inverse", "_cascade"),
+            Composite,
+            cascade,
+            "autoregressive transforms that follow one another, permutations between them too, go in one call",
+            closed=False,
         ),
         Adapter(coupling.AdditiveCouplingTransform, (), AffineCoupling, additive, ""),
         Adapter(

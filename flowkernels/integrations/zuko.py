@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform, _InverseTransform
 
+from flowkernels.integrations._chain import run_together
 from flowkernels.integrations._common import (
     Adapter,
     Left,
@@ -108,6 +109,60 @@ class LazyMasked(Replaced):
         if network.transform is not self or not network.ready():
             return self._flowkernels_class.forward(self, c)
         return network.kind(functools.partial(self.meta, c), self.passes, network, c)
+
+
+class LazyComposed(Replaced):
+    """forward of `zuko.lazy.LazyComposedTransform`."""
+
+    def forward(self, c: Tensor | None = None) -> Any:
+        made = self._flowkernels_class.forward(self, c)
+        together, _ = _composed_classes()
+        if not torch.compiler.is_compiling() and all(type(t) is _transform_class() for t in made.transforms):
+            made.__class__ = together
+        return made
+
+
+@functools.cache
+def _composed_classes() -> tuple[Any, Any]:
+    from zuko.transforms import ComposedTransform
+
+    class Composed(ComposedTransform):  # type: ignore[misc]
+        """Masked autoregressive transforms only: all of them in one call."""
+
+        def _run(self, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+            parts = self.transforms
+            return run_together(x, [t._network for t in parts], [t._context for t in parts], inverse)
+
+        def _call(self, x: Tensor) -> Any:
+            done = self._run(x, False)
+            return super()._call(x) if done is None else done[0]
+
+        def _inverse(self, y: Tensor) -> Any:
+            done = self._run(y, True)
+            return super()._inverse(y) if done is None else done[0]
+
+        def call_and_ladj(self, x: Tensor) -> Any:
+            done = self._run(x, False)
+            return super().call_and_ladj(x) if done is None else done
+
+        @property
+        def inv(self) -> Transform:
+            made: Any = super().inv
+            made.__class__, made._forward = Inverse, self
+            return made  # type: ignore[no-any-return]
+
+    class Inverse(ComposedTransform):  # type: ignore[misc]
+        _forward: Composed
+
+        def _call(self, y: Tensor) -> Any:
+            done = self._forward._run(y, True)
+            return super()._call(y) if done is None else done[0]
+
+        def call_and_ladj(self, y: Tensor) -> Any:
+            done = self._forward._run(y, True)
+            return super().call_and_ladj(y) if done is None else done
+
+    return _as(Composed, ComposedTransform), _as(Inverse, ComposedTransform)
 
 
 class SplineNetwork:
@@ -353,8 +408,21 @@ def _masked(transform: Any) -> MaskedNetwork | SplineNetwork:
 def adapters() -> list[Adapter]:
     from zuko.flows.autoregressive import MaskedAutoregressiveTransform
     from zuko.flows.coupling import GeneralCouplingTransform
+    from zuko.lazy import LazyComposedTransform
+
+    def composed(lazy: Any) -> None:
+        if len(lazy.transforms) < 2 or not all(isinstance(t, MaskedAutoregressiveTransform) for t in lazy.transforms):
+            raise Left("not all of its parts are masked autoregressive transforms")
 
     return [
+        Adapter(
+            LazyComposedTransform,
+            ("forward",),
+            LazyComposed,
+            composed,
+            "its autoregressive transforms go in one call",
+            closed=False,
+        ),
         Adapter(
             MaskedAutoregressiveTransform,
             ("forward", "meta"),

@@ -39,7 +39,6 @@ FK_LOOP(log1p)
 FK_LOOP(sigmoid)
 FK_LOOP(softplus)
 FK_LOOP(log_sigmoid)
-FK_LOOP(log_softplus)
 FK_LOOP(tanh)
 FK_LOOP(atan)
 FK_LOOP(erf)
@@ -48,7 +47,6 @@ FK_LOOP(normal_cdf)
 long double ref_sigmoid(long double x) { return 1.0L / (1.0L + std::exp(-x)); }
 long double ref_softplus(long double x) { return (x > 0 ? x : 0.0L) + std::log1p(std::exp(-std::fabs(x))); }
 long double ref_log_sigmoid(long double x) { return -ref_softplus(-x); }
-long double ref_log_softplus(long double x) { return x < -60.0L ? x : std::log(ref_softplus(x)); }
 long double ref_normal_cdf(long double x) { return 0.5L * std::erfc(x * -0.707106781186547524400844362104849L); }
 
 struct Case {
@@ -75,7 +73,6 @@ const Case kCases[] = {
     {"sigmoid", loop_sigmoid, ref_sigmoid, 2.0, -1e39, false},
     {"softplus", loop_softplus, ref_softplus, 2.5, -1e39, false},
     {"log_sigmoid", loop_log_sigmoid, ref_log_sigmoid, 2.5, -1e39, false},
-    {"log_softplus", loop_log_softplus, ref_log_softplus, 2.5, -1e39, true},
     {"tanh", loop_tanh, [](long double x) { return std::tanh(x); }, 2.5, -1e39, false},
     {"atan", loop_atan, [](long double x) { return std::atan(x); }, 2.5, -1e39, false},
     {"erf", loop_erf, [](long double x) { return std::erf(x); }, 3.0, -1e39, false},
@@ -188,10 +185,6 @@ bool check_specials() {
       {"log_sigmoid", kInf, 0.0f},
       {"log_sigmoid", -50.0f, -50.0f},
       {"log_sigmoid", -3e38f, -3e38f},
-      {"log_softplus", -kInf, -kInf},
-      {"log_softplus", kInf, kInf},
-      {"log_softplus", -100.0f, -100.0f},
-      {"log_softplus", -3e38f, -3e38f},
       {"tanh", -kInf, -1.0f},
       {"tanh", kInf, 1.0f},
       {"tanh", 0.0f, 0.0f},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import flowkernels as fk
-from flowkernels.integrations import _common
+from flowkernels.integrations import _chain, _common
 
 TOLERANCE = 1e-10  # float64, relative to the largest entry; single entries may cancel
 
@@ -93,7 +93,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return original(x, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_common, "run_chain", counted)
+        for module in (_common, _chain):
+            patch.setattr(module, "run_chain", counted)
         yield counts
 
 

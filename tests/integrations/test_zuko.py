@@ -128,7 +128,7 @@ def test_flow(context: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     peer = zuko.flows.MAF(6, context, transforms=3, hidden_features=(20, 20), randperm=True)
     fast = fk.accelerate(copy.deepcopy(peer))
-    assert sum(e.what.startswith("accelerated") for e in describe(fast)) == 3
+    assert sum(e.what.startswith("accelerated") for e in describe(fast)) == 4  # and their composition
     x, c = torch.randn(7, 6), [torch.randn(7, context)] if context else []
 
     def use(m: Any, inputs: Any) -> Any:
@@ -168,7 +168,7 @@ def test_left_and_why() -> None:
         assert not accelerated(fast)
         x = torch.randn(3, 5)
         assert_same([fast()(x), fast().inv(x)], [peer()(x), peer().inv(x)])
-    assert describe(zuko.flows.MAF(1))[0].what == "left: no kernel for this class"
+    assert all(e.what.startswith("left: ") for e in describe(zuko.flows.MAF(1)))
 
 
 def test_hooks_and_changes(monkeypatch: pytest.MonkeyPatch) -> None:

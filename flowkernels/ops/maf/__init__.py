@@ -148,7 +148,11 @@ def _reference_chain(x: Tensor, steps: Sequence[Step], density: bool) -> tuple[T
     total = x.new_zeros(x.shape[0])
     for plan, parameters, context, law, form, inverse in steps:
         run = reference.maf_inverse if inverse else reference.maf_forward
+        if plan.order is not None:
+            x = x[:, plan.order]
         x, logdet = run(x, context, plan, parameters, law, form)
+        if plan.order is not None:
+            x = x[:, plan.order.argsort()]
         total = total + logdet
     return x, total + reference.log_normal(x) if density else total
 

@@ -1,0 +1,168 @@
+"""Transforms that follow one another, in one call of the `maf` operator: small flows spend their time on calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowkernels._backend import runs_reference
+from flowkernels.integrations._common import STATE, Hooks, Replaced, is_replaced
+from flowkernels.integrations._made import MadeNetwork
+from flowkernels.ops.maf import Step, run_chain
+from flowkernels.plan import Plan
+
+
+def run_together(
+    x: Any, networks: Sequence[Any], contexts: Sequence[Any], inverse: bool, *, places: Sequence[Places] | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """(y, logdet) of x (..., D) through networks with a context each, or None: the peer has to do this call.
+
+    The networks come in the order of the density direction; `inverse` goes through them from the last to the first.
+    """
+    if not isinstance(x, Tensor) or runs_reference(x) or not x.dim() or x.dtype not in (torch.float32, torch.float64):
+        return None
+    features = x.shape[-1]
+    steps: list[Step] = []
+    for i, (network, context) in enumerate(zip(networks, contexts, strict=True)):
+        if not network.ready() or network.features != features:
+            return None
+        step = network.step(x, context, inverse, network.law, "scale_shift")
+        if step is None:
+            return None
+        steps.append(step if places is None else step._replace(plan=places[i](step.plan)))
+    if inverse:
+        steps.reverse()
+    if x.dim() == 2:
+        return run_chain(x, steps)
+    y, logdet = run_chain(x.reshape(-1, features), steps)
+    return y.reshape(x.shape), logdet.reshape(x.shape[:-1])
+
+
+class Places:
+    """The plans of one network at its place behind permutations: its feature i is column order[i]."""
+
+    def __init__(self, order: Tensor | None) -> None:
+        self.order = order
+        self._placed: tuple[Plan, Plan] | None = None  # a plan, and the same plan here
+
+    def __call__(self, plan: Plan) -> Plan:
+        if self.order is None:
+            return plan
+        if self._placed is None or self._placed[0] is not plan:
+            self._placed = plan, plan.on(self.order)
+        return self._placed[1]
+
+
+class Run:
+    """Children of a composite that one call can stand for: autoregressive transforms, and permutations between them.
+
+    What goes through keeps its columns where they are; each network finds its features by its place, and one
+    permutation at the end (in the sampling direction at the beginning) does for all.
+    """
+
+    def __init__(self, children: Sequence[nn.Module], permutation_of: Any) -> None:
+        self.children = children
+        self.networks: list[MadeNetwork] = []
+        self.places: list[Places] = []
+        order: Tensor | None = None
+        for child in children:
+            permutation = permutation_of(child)
+            if permutation is None:
+                self.networks.append(child.__dict__[STATE].data)
+                self.places.append(Places(order))
+            else:
+                order = permutation.clone() if order is None else order[permutation]
+        if order is not None and torch.equal(order, torch.arange(len(order))):
+            order = None
+        self.order, self.back = order, None if order is None else order.argsort()
+
+    def __call__(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_cpu:
+            return None
+        features = x.shape[1]
+        if (self.order is not None and len(self.order) != features) or any(
+            place.order is not None and len(place.order) != features for place in self.places
+        ):
+            return None
+        if inverse and self.back is not None:
+            x = x.index_select(1, self.back)
+        done = run_together(x, self.networks, [context] * len(self.networks), inverse, places=self.places)
+        if done is None or inverse or self.order is None:
+            return done
+        return done[0].index_select(1, self.order), done[1]
+
+
+class Cascade:
+    """The runs among a composite's children, found anew when the children change."""
+
+    def __init__(self, children: dict[str, Any], permutation_of: Any) -> None:
+        self.children, self.permutation_of = children, permutation_of
+        self.seen: list[Any] = []
+        self.parts: list[nn.Module | Run] = []
+        self.hooks = Hooks([])
+
+    def refresh(self) -> None:
+        """Looks whether the children are what they were, and accelerated or not as they were."""
+        now: list[Any] = []
+        for child in self.children.values():
+            permutation = child.__dict__["_buffers"].get("_permutation")
+            version = None if permutation is None or permutation.is_inference() else permutation._version
+            now.append((child, type(child), child.__dict__.get(STATE), id(permutation), version))
+        if now != self.seen:
+            self.seen, self.parts, self.hooks = now, self._find(), Hooks(list(self.children.values()))
+
+    def _find(self) -> list[nn.Module | Run]:
+        parts: list[nn.Module | Run] = []
+        run: list[nn.Module] = []
+        for child in (*self.children.values(), None):
+            if child is not None and (_made(child) or self.permutation_of(child) is not None):
+                run.append(child)
+                continue
+            parts += [Run(run, self.permutation_of)] if len(run) > 1 and any(map(_made, run)) else run
+            run = []
+            if child is not None:
+                parts.append(child)
+        return parts
+
+    def __call__(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() < 1:
+            return None
+        self.refresh()
+        if not any(isinstance(part, Run) for part in self.parts) or self.hooks.any():
+            return None
+        total: Tensor | None = None
+        for part in reversed(self.parts) if inverse else self.parts:
+            done = part(x, context, inverse) if isinstance(part, Run) else None
+            if done is not None:
+                x, logdet = done
+                total = logdet if total is None else total + logdet
+                continue
+            alone: Sequence[Any] = part.children if isinstance(part, Run) else (part,)
+            for child in reversed(alone) if inverse else alone:
+                x, logdet = child.inverse(x, context) if inverse else child(x, context)
+                total = logdet if total is None else total + logdet
+        assert total is not None
+        return x, total
+
+
+def _made(child: nn.Module) -> bool:
+    """Whether a child is an accelerated autoregressive transform whose network a kernel has."""
+    if not is_replaced(child):
+        return False
+    data = child.__dict__[STATE].data
+    return isinstance(data, MadeNetwork) and data.transform is child
+
+
+class Composite(Replaced):
+    """nflows' `CompositeTransform`."""
+
+    def forward(self, inputs: Any, context: Any = None) -> Any:
+        done = self._flowkernels.data(inputs, context, False)
+        return self._flowkernels_class.forward(self, inputs, context) if done is None else done
+
+    def inverse(self, inputs: Any, context: Any = None) -> Any:
+        done = self._flowkernels.data(inputs, context, True)
+        return self._flowkernels_class.inverse(self, inputs, context) if done is None else done
