@@ -58,17 +58,25 @@ def normflows(features: int, hidden: int, transforms: int) -> nn.Module:
     return flow
 
 
-def pyro(features: int, hidden: int, transforms: int) -> nn.Module:
+def pyro(features: int, hidden: int, transforms: int, spline: bool = False) -> nn.Module:
+    """Affine transforms, or Pyro's default splines: linear-rational, 8 bins."""
     t = peer("pyro.distributions.transforms")
+    make = t.spline_autoregressive if spline else t.affine_autoregressive
     torch.manual_seed(0)
-    return nn.ModuleList(t.affine_autoregressive(features, [hidden, hidden]) for _ in range(transforms))
+    return nn.ModuleList(make(features, [hidden, hidden]) for _ in range(transforms))
+
+
+def _pyro_logdet(part: Any) -> Tensor:
+    """Of the last call; through the public method, whose cache knows its input, the next one would cost nothing."""
+    kept: Tensor = part._cached_log_scale if hasattr(part, "_cached_log_scale") else part._cache_log_detJ
+    return kept.sum(-1)
 
 
 def _pyro_sequential(flow: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     total = x.new_zeros(x.shape[:-1])
     for part in reversed(list(flow)):
         y, x = x, part._inverse(x)
-        total = total - part._cached_log_scale.sum(-1)
+        total = total - _pyro_logdet(part)
         del y
     return x, total
 
@@ -77,7 +85,7 @@ def _pyro_one_pass(flow: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     total = z.new_zeros(z.shape[:-1])
     for part in flow:
         z = part._call(z)
-        total = total - part._cached_log_scale.sum(-1)
+        total = total - _pyro_logdet(part)
     return z, total
 
 
@@ -126,7 +134,7 @@ def _problem(
     library: str, what: int, features: int, hidden: int, transforms: int, batch: int, more: dict[str, Any], _: Options
 ) -> Problem:
     # Residual blocks add up: with larger weights the inverse of five transforms ends at 1e32, in either library.
-    flow = _randomise(_BUILD[library](features, hidden, transforms, **more), 0.2 if more else 0.5)
+    flow = _randomise(_BUILD[library](features, hidden, transforms, **more), 0.2 if more.get("residual") else 0.5)
     fast, exact = fk.accelerate(flow, inplace=False), copy.deepcopy(flow).double()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, features, generator=generator)
@@ -185,23 +193,32 @@ def _names(library: str) -> tuple[str, str, str]:
     return "log_prob (sequential)", "sampling (one pass)", "training step on samples"
 
 
+# Options of the flows above, as a case's size names them.
+_SIZES = {"residual": ("blocks", "residual"), "spline": ("spline", "linear")}
+
+
 def case(library: str, what: int, d: int, h: int, b: int, transforms: int, **more: Any) -> Case:
     name = f"{library} {_names(library)[what]}"
     size: dict[str, int | str] = {"D": d, "H": h, "B": b, "transforms": transforms}
-    if more:
-        size["blocks"] = "residual"
+    size.update(_SIZES[option] for option in more)
     return Case("accelerate", name, size, partial(_problem, library, what, d, h, transforms, b, more))
 
 
 def cases(quick: bool) -> list[Case]:
     installed = [library for library in _BUILD if peer(library) is not None]
     if quick:
-        return [case(library, what, 8, 32, 16, 2) for library in installed for what in range(3)]
+        found = [case(library, what, 8, 32, 16, 2) for library in installed for what in range(3)]
+        if "pyro" in installed:
+            found += [case("pyro", what, 8, 32, 16, 2, spline=True) for what in range(3)]
+        return found
     found = [case(library, 0, 784, 1024, 100, 1) for library in installed]
     for library in installed:
         found += [case(library, what, 43, 512, 1000, 5) for what in range(3)]
         found += [case(library, what, 5, 50, 1, 5) for what in range(2)]
         found += [case(library, what, 5, 50, 100, 5) for what in range(3)]
+    if "pyro" in installed:
+        found += [case("pyro", what, 43, 512, 100, 5, spline=True) for what in range(3)]
+        found += [case("pyro", what, 5, 50, 1, 5, spline=True) for what in range(2)]
     if "nflows" in installed:
         found += [case("nflows", what, 43, 512, 1000, 5, residual=True) for what in range(3)]
     return found

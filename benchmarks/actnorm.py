@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from benchmarks.core import COMPILED, OURS, PEER, PLAIN, Case, Options, Problem, Variant, compiled, peer
+from benchmarks.core import (
+    COMPILED,
+    OURS,
+    PEER,
+    PLAIN,
+    Case,
+    Options,
+    Problem,
+    Variant,
+    both_ways,
+    compiled,
+    peer,
+    with_gradients,
+)
 from flowkernels import ops
 
 
@@ -56,14 +67,7 @@ def _once(inverse: bool, rows: int, channels: int, positions: int, options: Opti
 
 def _both(rows: int, channels: int, positions: int, options: Options) -> Problem:
     given = _inputs(rows, channels, positions)
-    g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(given[0].shape, generator=g), torch.randn(rows, generator=g)]
-
-    def step(call: object, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        leaves = [t.to(dtype).detach().requires_grad_() for t in given]
-        out = call(*leaves)  # type: ignore[operator]
-        return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, [c.to(dtype) for c in cotangents])]
-
+    step = with_gradients(given)
     fused = compiled(plain)
     return Problem(
         [
@@ -71,7 +75,7 @@ def _both(rows: int, channels: int, positions: int, options: Options) -> Problem
             Variant("PyTorch", PLAIN, lambda: step(plain)),
             Variant("torch.compile", COMPILED, lambda: step(fused)),
         ],
-        lambda: step(plain, torch.float64),
+        lambda: with_gradients(given, dtype=torch.float64)(plain),
         # Forward: one in, one out. Backward: grad_y and y in, one gradient out.
         bytes=4.0 * 5 * given[0].numel(),
         grad=True,
@@ -81,12 +85,8 @@ def _both(rows: int, channels: int, positions: int, options: Options) -> Problem
 
 def cases(quick: bool) -> list[Case]:
     sizes = [(128, 8, 16)] if quick else [(128, 8, 16), (256, 48, 256), (65536, 256, 1)]
-    found = []
-    for rows, channels, positions in sizes:
-        size: dict[str, int | str] = {"N": rows, "C": channels, "positions": positions}
-        found += [
-            Case("actnorm", "forward", size, partial(_once, False, rows, channels, positions)),
-            Case("actnorm", "inverse", size, partial(_once, True, rows, channels, positions)),
-            Case("actnorm", "forward+backward", size, partial(_both, rows, channels, positions)),
-        ]
-    return found
+    return [
+        case
+        for rows, channels, positions in sizes
+        for case in both_ways("actnorm", {"N": rows, "C": channels, "positions": positions}, _once, _both)
+    ]

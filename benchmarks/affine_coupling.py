@@ -19,13 +19,13 @@ from benchmarks.core import (
     Options,
     Problem,
     Variant,
+    both_ways,
     compiled,
     peer,
+    with_gradients,
 )
 from flowkernels import ops
 from flowkernels.nn.masks import alternating_mask, half_mask
-
-Coupling = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def forward(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,20 +65,20 @@ def _inputs(rows: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, shift, scale * 0.5
 
 
-def _once(direction: str, rows: int, features: int, memory: str, options: Options) -> Problem:
+def _once(backwards: bool, rows: int, features: int, memory: str, options: Options) -> Problem:
     x, shift, scale = _inputs(rows, features)
-    plain: Coupling = inverse if direction == "inverse" else forward
-    ours = partial(ops.affine_coupling, inverse=direction == "inverse")
+    plain = inverse if backwards else forward
+    ours = partial(ops.affine_coupling, inverse=backwards)
     fused = compiled(plain)
     variants = [
         Variant("flowkernels", OURS, lambda: ours(x, shift, scale)),
         Variant("PyTorch", PLAIN, lambda: plain(x, shift, scale)),
         Variant("torch.compile", COMPILED, lambda: fused(x, shift, scale)),
     ]
-    if direction == "forward":
+    if not backwards:
         variants.append(Variant("PyTorch, in place", RIVAL, lambda: _in_place(x, shift, scale)))
     if options.wants(PEER, "normflows") and peer("normflows") is not None:
-        layer = _normflows(shift, scale, direction == "inverse")
+        layer = _normflows(shift, scale, backwards)
         variants.append(Variant("normflows", PEER, lambda: layer(x)))
     return Problem(
         variants,
@@ -124,29 +124,18 @@ def _alternating(rows: int, features: int, options: Options) -> Problem:
 
 
 def _both(rows: int, features: int, memory: str, options: Options) -> Problem:
-    x, shift, scale = _inputs(rows, features)
-    g = torch.Generator().manual_seed(1)
-    grad_y, grad_logdet = torch.randn(rows, features, generator=g), torch.randn(rows, generator=g)
-
-    def step(coupling: Coupling, leaves: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        y, logdet = coupling(*leaves)
-        gradients = torch.autograd.grad([y, logdet], leaves, [grad_y.to(dtype), grad_logdet.to(dtype)])
-        return [y.detach(), logdet.detach(), *gradients]
-
-    def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [t.to(dtype, copy=True).requires_grad_() for t in (x, shift, scale)]
-
-    shared = leaves()
+    given = _inputs(rows, features)
+    step = with_gradients(given)
     fused = compiled(forward)
     return Problem(
         [
-            Variant("flowkernels", OURS, lambda: step(ops.affine_coupling, shared)),
-            Variant("PyTorch", PLAIN, lambda: step(forward, shared)),
-            Variant("torch.compile", COMPILED, lambda: step(fused, shared)),
+            Variant("flowkernels", OURS, lambda: step(ops.affine_coupling)),
+            Variant("PyTorch", PLAIN, lambda: step(forward)),
+            Variant("torch.compile", COMPILED, lambda: step(fused)),
         ],
-        lambda: step(forward, leaves(torch.float64), torch.float64),
+        lambda: with_gradients(given, dtype=torch.float64)(forward),
         # Forward: three in, one out. Backward: grad_y, x and scale in, three gradients out.
-        bytes=4.0 * (4 + 6) * x.numel(),
+        bytes=4.0 * (4 + 6) * given[0].numel(),
         grad=True,
         reuse_memory=memory == "reused",
         least=1.0,
@@ -163,9 +152,5 @@ def cases(quick: bool) -> list[Case]:
         # More than 32 MB come as fresh pages from the system at every call, unless the C library may keep them.
         for memory in ("fresh", "reused") if rows * features >= 2**23 else ("fresh",):
             size = {"N": rows, "D": features, "memory": memory}
-            found += [
-                Case("affine_coupling", "forward", size, partial(_once, "forward", rows, features, memory)),
-                Case("affine_coupling", "inverse", size, partial(_once, "inverse", rows, features, memory)),
-                Case("affine_coupling", "forward+backward", size, partial(_both, rows, features, memory)),
-            ]
+            found += both_ways("affine_coupling", size, _once, _both)
     return found

@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         "--case", action="append", default=[], metavar="TEXT", help="only cases whose name has this in it; repeatable"
     )
     parser.add_argument(
-        "--peers", action="store_true", help="also time nflows, zuko, normflows, those that are installed"
+        "--peers", action="store_true", help="also time nflows, zuko, normflows, Pyro, those that are installed"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: minutes, to see that everything works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")

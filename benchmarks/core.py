@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,39 @@ def all_cases(quick: bool, ops: Sequence[str] = ()) -> list[Case]:
         if op not in found:
             raise ValueError(f"op must be one of {', '.join(found)}, got {op!r}")
     return [case for name, module in found.items() if not ops or name in ops for case in module.cases(quick)]
+
+
+def both_ways(
+    op: str, size: Mapping[str, int | str], once: Callable[..., Problem], both: Callable[..., Problem]
+) -> list[Case]:
+    """A transform at one size: forward and inverse by ``once(inverse, *values of size, options)``, and
+    forward+backward by ``both(*values of size, options)``."""
+    values = tuple(size.values())
+    prepare = {
+        "forward": partial(once, False, *values),
+        "inverse": partial(once, True, *values),
+        "forward+backward": partial(both, *values),
+    }
+    return [Case(op, what, size, function) for what, function in prepare.items()]
+
+
+def with_gradients(
+    given: Sequence[Tensor], fixed: Sequence[Tensor] = (), dtype: torch.dtype = torch.float32
+) -> Callable[[Callable[..., Sequence[Tensor]]], list[Tensor]]:
+    """A step that calls a transform with `given` and `fixed`: its y and logdet, and the gradients of `given`.
+
+    Every step has the same cotangents, for rows like those of the first tensor.
+    """
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in given]
+    rest = [t.to(dtype) if t.is_floating_point() else t for t in fixed]
+    g = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(shape, generator=g).to(dtype) for shape in (given[0].shape, given[0].shape[:1])]
+
+    def step(transform: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+        y, logdet = transform(*leaves, *rest)
+        return [y.detach(), logdet.detach(), *torch.autograd.grad([y, logdet], leaves, cotangents)]
+
+    return step
 
 
 @cache

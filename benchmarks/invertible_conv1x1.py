@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from benchmarks.core import COMPILED, OURS, PEER, PLAIN, RIVAL, Case, Options, Problem, Variant, compiled, peer
+from benchmarks.core import (
+    COMPILED,
+    OURS,
+    PEER,
+    PLAIN,
+    RIVAL,
+    Case,
+    Options,
+    Problem,
+    Variant,
+    both_ways,
+    compiled,
+    peer,
+    with_gradients,
+)
 from flowkernels import ops
-
-Convolution = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _factors(lower: Tensor, upper: Tensor, log_diagonal: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,15 +100,9 @@ def _once(backwards: bool, rows: int, channels: int, positions: int, options: Op
 
 
 def _both(rows: int, channels: int, positions: int, options: Options) -> Problem:
-    given = _inputs(rows, channels, positions)
-    g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(given[0].shape, generator=g), torch.randn(rows, generator=g)]
-
-    def step(call: Convolution, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        leaves = [t.to(dtype).detach().requires_grad_() for t in given[:4]]
-        out = call(*leaves, given[4].to(dtype), given[5])
-        return [*(t.detach() for t in out), *torch.autograd.grad(out, leaves, [c.to(dtype) for c in cotangents])]
-
+    tensors = _inputs(rows, channels, positions)
+    given, fixed = tensors[:4], tensors[4:]
+    step = with_gradients(given, fixed)
     fused = compiled(forward)
     return Problem(
         [
@@ -108,7 +111,7 @@ def _both(rows: int, channels: int, positions: int, options: Options) -> Problem
             Variant("PyTorch, matmul", RIVAL, lambda: step(_matmul)),
             Variant("torch.compile", COMPILED, lambda: step(fused)),
         ],
-        lambda: step(forward, torch.float64),
+        lambda: with_gradients(given, fixed, torch.float64)(forward),
         flops=6.0 * channels * given[0].numel(),
         bytes=4.0 * 5 * given[0].numel(),
         grad=True,
@@ -118,12 +121,8 @@ def _both(rows: int, channels: int, positions: int, options: Options) -> Problem
 
 def cases(quick: bool) -> list[Case]:
     sizes = [(128, 8, 4)] if quick else [(128, 8, 4), (64, 12, 256), (64, 48, 16), (4096, 64, 1)]
-    found = []
-    for rows, channels, positions in sizes:
-        size: dict[str, int | str] = {"N": rows, "C": channels, "positions": positions}
-        found += [
-            Case("invertible_conv1x1", "forward", size, partial(_once, False, rows, channels, positions)),
-            Case("invertible_conv1x1", "inverse", size, partial(_once, True, rows, channels, positions)),
-            Case("invertible_conv1x1", "forward+backward", size, partial(_both, rows, channels, positions)),
-        ]
-    return found
+    return [
+        case
+        for rows, channels, positions in sizes
+        for case in both_ways("invertible_conv1x1", {"N": rows, "C": channels, "positions": positions}, _once, _both)
+    ]

@@ -85,7 +85,7 @@ def figures(document: Mapping[str, Any], pictures: list[Path], source: Path, ful
     """The README's markdown: what was measured where, the pictures, the targets."""
     device, versions, limits = document["device"], document["versions"], document["ceilings"]
     libraries = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "nflows", "zuko", "normflows") if name in versions
+        f"{name} {versions[name]}" for name in ("torch", "nflows", "zuko", "normflows", "pyro-ppl") if name in versions
     )
     parts = [
         f"Measured {document['date']} at commit `{document['commit']}`{' with changes' * document['changed']} on"

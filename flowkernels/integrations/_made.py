@@ -38,6 +38,8 @@ class MadeNetwork(Network):
         net = reader.module(self.transform, "autoregressive_net", made.MADE)
         if self.normflows:
             reader.module(net, "preprocessing", nn.Identity)
+            if reader.value(net, "context_layer") is not None:
+                raise Left("its context goes through gates")
         linear = made.MaskedLinear
         linears = [reader.linear(reader.module(net, "initial_layer"), "initial_layer", linear)]
         activation: list[str] = []

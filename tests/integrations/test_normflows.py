@@ -121,7 +121,7 @@ def test_flow() -> None:
 
 
 def test_context_and_odd_input() -> None:
-    """Context goes through gates, which no kernel has: normflows' own path."""
+    """A network with a context has gates, which no kernel has: normflows' own path."""
     x, c = torch.randn(4, 5), torch.randn(4, 2)
     for keywords in ({"context_features": 2}, {}, {"use_residual_blocks": False}):
         peer = transform(**keywords)
@@ -134,6 +134,7 @@ def test_context_and_odd_input() -> None:
 def test_left() -> None:
     for keywords, reason in [
         ({"use_batch_norm": True}, "left: batch norm inside the network"),
+        ({"context_features": 2}, "left: its context goes through gates"),
         ({"activation": torch.sin}, "left: no kernel for the activation sin"),
     ]:
         peer = transform(**keywords)

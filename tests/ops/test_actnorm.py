@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -264,15 +261,3 @@ X, C = torch.zeros(3, 4), torch.zeros(2)
 def test_bad_input(error: type[Exception], message: str, run: Any, backend: str) -> None:
     with pytest.raises(error, match=message):
         run()
-
-
-# ---- instruction sets --------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("cpu" not in fk.available_backends(), reason="needs the compiled library")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lower_instruction_sets(isa: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_values"]
-    environment = {**os.environ, "FLOWKERNELS_ISA": isa}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]

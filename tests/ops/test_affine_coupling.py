@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -558,18 +555,3 @@ call = affine_coupling
 def test_bad_input(error: type[Exception], message: str, run: Any, backend: str) -> None:
     with pytest.raises(error, match=message):
         run()
-
-
-# ---- instruction sets --------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("cpu" not in fk.available_backends(), reason="needs the compiled library")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lower_instruction_sets(isa: str) -> None:
-    tests = "test_values_and_gradients or test_masks or test_half_precision or test_extremes"
-    environment = {**os.environ, "FLOWKERNELS_ISA": isa}
-    check = f"from flowkernels._library import build_info as b; assert b()['isa'] in ('baseline', {isa!r})"
-    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import flowkernels as fk
 from flowkernels import testing
 from flowkernels.ops import invertible_conv1x1
 from flowkernels.ops.invertible_conv1x1.autograd import backward_op, forward_op
@@ -229,15 +225,3 @@ call = invertible_conv1x1
 def test_bad_input(error: type[Exception], message: str, run: Any, backend: str) -> None:
     with pytest.raises(error, match=message):
         run()
-
-
-# ---- instruction sets --------------------------------------------------------------------------
-
-
-@pytest.mark.skipif("cpu" not in fk.available_backends(), reason="needs the compiled library")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lower_instruction_sets(isa: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "test_values"]
-    environment = {**os.environ, "FLOWKERNELS_ISA": isa}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]

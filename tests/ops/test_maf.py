@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -839,18 +836,3 @@ def replaced(i: int, value: Any) -> list[Any]:
 def test_bad_input(error: type[Exception], message: str, call: Any, run: Any, backend: str) -> None:
     with pytest.raises(error, match=message.replace("NAME", "x" if run is maf_forward else "z")):
         call(run)
-
-
-# ---- instruction sets --------------------------------------------------------------------------
-
-
-@needs_cpu
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lower_instruction_sets(isa: str) -> None:
-    tests = "test_float or test_batch_sizes or test_many_blocks or test_activations or test_laws_and_forms"
-    environment = {**os.environ, "FLOWKERNELS_ISA": isa}
-    check = f"import flowkernels as fk, sys; sys.exit(fk._library.build_info()['isa'] not in ('baseline', {isa!r}))"
-    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]

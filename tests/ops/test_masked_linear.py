@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -280,16 +277,3 @@ def test_bad_input(error: type[Exception], message: str, changes: dict[str, Any]
     arguments = {"x": X, "weight": W, "bias": B, "in_degrees": I4, "out_degrees": O5, **changes}
     with pytest.raises(error, match=message):
         masked_linear(**arguments)
-
-
-# ---- instruction sets --------------------------------------------------------------------------
-
-
-@needs_cpu
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lower_instruction_sets(isa: str) -> None:
-    environment = {**os.environ, "FLOWKERNELS_ISA": isa}
-    tests = "test_values_and_gradients or test_degrees or test_batch_sizes"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]

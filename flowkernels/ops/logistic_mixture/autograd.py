@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowkernels._autograd import Function, backward_of, reference_double_backward
+from flowkernels._autograd import Function, backward_of, fake_backward, reference_double_backward
 from flowkernels._library import operator
 from flowkernels.ops.logistic_mixture import reference
 
@@ -15,10 +15,6 @@ _OPTIONS = "float min_log_scale, int law, float[] law_parameters, bool inverse"
 
 def _fake(x: Tensor, parameters: Tensor, logdet: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0])
-
-
-def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor, *_: Any) -> Any:
-    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
 
 
 forward_op: Any = operator(
@@ -32,7 +28,7 @@ backward_op: Any = operator(
     " -> (Tensor, Tensor)",
     reference.logistic_mixture_backward,
     rows=(2, 1, 2, 3, None, None, None, None),
-    fake=_fake_backward,
+    fake=fake_backward,
 )
 
 

@@ -6,15 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from flowkernels._autograd import Function, backward_of, reference_double_backward
+from flowkernels._autograd import Function, backward_of, fake_backward, reference_double_backward
 from flowkernels._library import operator
 from flowkernels.ops.rq_spline import reference
 
 _OPTIONS = "int bins, int style, float[] numbers, bool inverse"
-
-
-def _fake_backward(grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor, *_: Any) -> Any:
-    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
 
 
 forward_op: Any = operator(
@@ -27,7 +23,7 @@ backward_op: Any = operator(
     " -> (Tensor, Tensor)",
     reference.rq_spline_backward,
     rows=(2, 1, 2, 3, None, None, None, None),
-    fake=_fake_backward,
+    fake=fake_backward,
 )
 
 
