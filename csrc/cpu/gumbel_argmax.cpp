@@ -1,5 +1,4 @@
 // gumbel_argmax on the CPU: exact categorical samples straight from the logits, with their log-probabilities.
-#include "cpu/pages.h"
 #include "cpu/random.h"
 
 namespace fk {
@@ -26,7 +25,7 @@ namespace fk {
 std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Tensor& seed, int64_t stream,
                                                  int64_t samples) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long), log_prob = new_output(logits, {rows, samples}),
+  Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long), log_prob = new_empty(logits, {rows, samples}),
          normaliser = new_empty(logits, {rows, 2});
   dispatch_float(logits, [&]<class T>() {
     ArgmaxArguments<T> a;
@@ -46,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Ten
 
 Tensor gumbel_argmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& normaliser, const Tensor& index) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  Tensor grad_logits = new_output(logits, {rows, classes});
+  Tensor grad_logits = new_empty(logits, {rows, classes});
   const Tensor saved = as_contiguous(normaliser);
   dispatch_float(logits, [&]<class T>() {
     ArgmaxArguments<T> a;

@@ -1,5 +1,4 @@
 // gumbel_softmax on the CPU: noise is drawn into the cache, added, and gone; its backward needs none.
-#include "cpu/pages.h"
 #include "cpu/random.h"
 
 namespace fk {
@@ -24,7 +23,7 @@ namespace fk {
 
 Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream, bool hard) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  Tensor y = new_output(logits, {rows, classes});
+  Tensor y = new_empty(logits, {rows, classes});
   if (rows * classes == 0) return y;
   dispatch_float(logits, [&]<class T>() {
     GumbelArguments<T> a;
@@ -44,7 +43,7 @@ Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& see
 std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Tensor& y, const Tensor& tau,
                                                    bool for_tau) {
   const int64_t rows = y.size(0), classes = y.size(1);
-  Tensor grad_logits = new_output(y, {rows, classes}), grad_tau = new_empty(y, {for_tau ? rows : 0});
+  Tensor grad_logits = new_empty(y, {rows, classes}), grad_tau = new_empty(y, {for_tau ? rows : 0});
   dispatch_float(y, [&]<class T>() {
     GumbelArguments<T> a;
     a.y_in = view<T>(y);

@@ -1,6 +1,5 @@
 // straight_through on the CPU: hard values, by a threshold or a largest category, of x itself or sampled from
 // it.
-#include "cpu/pages.h"
 #include "cpu/random.h"
 
 namespace fk {
@@ -25,7 +24,7 @@ namespace fk {
 Tensor straight_through(const Tensor& x, const std::optional<Tensor>& seed, int64_t stream, int64_t kind,
                         double threshold) {
   const int64_t rows = x.size(0), classes = x.size(1);
-  Tensor y = new_output(x, {rows, classes});
+  Tensor y = new_empty(x, {rows, classes});
   if (rows * classes == 0) return y;
   dispatch_float(x, [&]<class T>() {
     StraightThroughArguments<T> a;

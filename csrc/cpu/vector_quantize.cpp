@@ -1,7 +1,7 @@
 // vector_quantize on the CPU: the nearest code of every sample; distances live in registers, never in memory.
 #include <memory>
 
-#include "cpu/pages.h"
+#include "cpu/tensor.h"
 
 namespace fk {
 
@@ -67,7 +67,7 @@ void search(QuantizeArguments<T> a, const Tensor& x, const Tensor& codebook, Ten
 
 std::tuple<Tensor, Tensor, Tensor> vector_quantize(const Tensor& x, const Tensor& codebook) {
   const int64_t rows = x.size(0);
-  Tensor quantized = new_output(x, {rows, x.size(1)}), index = new_empty(x, {rows}, ScalarType::Long),
+  Tensor quantized = new_empty(x, {rows, x.size(1)}), index = new_empty(x, {rows}, ScalarType::Long),
          distance = new_empty(x, {rows});
   dispatch_float(x, [&]<class T>() {
     QuantizeArguments<T> a;
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> vector_quantize_backward(const Tensor& grad_quantized
                                                     const Tensor& x, const Tensor& codebook, const Tensor& index,
                                                     double commitment, double codebook_weight, bool for_codebook) {
   const int64_t rows = x.size(0), features = x.size(1), codes = codebook.size(0);
-  Tensor grad_x = new_output(x, {rows, features}), grad_codebook = new_empty(x, {for_codebook ? codes : 0, features});
+  Tensor grad_x = new_empty(x, {rows, features}), grad_codebook = new_empty(x, {for_codebook ? codes : 0, features});
   const Tensor dense = as_contiguous(codebook), loss = as_contiguous(grad_loss), which = as_contiguous(index);
   dispatch_float(x, [&]<class T>() {
     QuantizeArguments<T> a;

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowkernels._backend import runs_reference
-from flowkernels.integrations._common import STATE, Hooks, Replaced, is_replaced
+from flowkernels.integrations._common import STATE, Hooks, Left, Replaced, is_replaced
 from flowkernels.integrations._made import MadeNetwork
 from flowkernels.ops.maf import Step, run_chain
 from flowkernels.plan import Plan
@@ -63,13 +64,13 @@ class Run:
     permutation at the end (in the sampling direction at the beginning) does for all.
     """
 
-    def __init__(self, children: Sequence[nn.Module], permutation_of: Any) -> None:
+    def __init__(self, children: Sequence[nn.Module], permutations: Permutations) -> None:
         self.children = children
         self.networks: list[MadeNetwork] = []
         self.places: list[Places] = []
         order: Tensor | None = None
         for child in children:
-            permutation = permutation_of(child)
+            permutation = permutations.of(child)
             if permutation is None:
                 self.networks.append(child.__dict__[STATE].data)
                 self.places.append(Places(order))
@@ -95,22 +96,55 @@ class Run:
         return done[0].index_select(1, self.order), done[1]
 
 
-class Cascade:
-    """The runs among a composite's children, found anew when the children change."""
+@dataclass(frozen=True)
+class Permutations:
+    """A library's modules that only permute features: its classes, their buffer, and whether one is of that kind."""
 
-    def __init__(self, children: dict[str, Any], permutation_of: Any) -> None:
-        self.children, self.permutation_of = children, permutation_of
+    kinds: frozenset[type[nn.Module]]
+    buffer: str
+    fits: Callable[[Any], bool]
+
+    def of(self, child: nn.Module) -> Tensor | None:
+        """The column that each feature is taken from; None for other modules."""
+        if type(child) not in self.kinds or "forward" in child.__dict__ or "inverse" in child.__dict__:
+            return None
+        found = child._buffers.get(self.buffer)
+        if found is None or found.is_inference() or not found.is_cpu or found.dtype != torch.long:
+            return None
+        known = found.dim() == 1 and torch.equal(found.sort().values, torch.arange(len(found)))
+        return found if known and self.fits(child) else None
+
+    def version(self, child: nn.Module) -> tuple[int, int] | None:
+        """Changes when the permutation does."""
+        if type(child) not in self.kinds:
+            return None
+        found = child._buffers.get(self.buffer)
+        return None if found is None or found.is_inference() else (id(found), found._version)
+
+
+class Cascade:
+    """The runs among a composite's children, found anew when the children change.
+
+    Raises:
+        Left: `made` children, the autoregressive transforms, and permutations never follow one another.
+    """
+
+    def __init__(self, children: dict[str, Any], made: tuple[type[nn.Module], ...], permutations: Permutations) -> None:
+        is_made = [isinstance(child, made) for child in children.values()]
+        fits = [m or permutations.of(child) is not None for m, child in zip(is_made, children.values(), strict=True)]
+        if not any(all(fits[i : i + 2]) and any(is_made[i : i + 2]) for i in range(len(fits) - 1)):
+            raise Left("no autoregressive transform or permutation follows another in it")
+        self.children, self.permutations = children, permutations
         self.seen: list[Any] = []
         self.parts: list[nn.Module | Run] = []
         self.hooks = Hooks([])
 
     def refresh(self) -> None:
         """Looks whether the children are what they were, and accelerated or not as they were."""
-        now: list[Any] = []
-        for child in self.children.values():
-            permutation = child.__dict__["_buffers"].get("_permutation")
-            version = None if permutation is None or permutation.is_inference() else permutation._version
-            now.append((child, type(child), child.__dict__.get(STATE), id(permutation), version))
+        now = [
+            (child, type(child), child.__dict__.get(STATE), self.permutations.version(child))
+            for child in self.children.values()
+        ]
         if now != self.seen:
             self.seen, self.parts, self.hooks = now, self._find(), Hooks(list(self.children.values()))
 
@@ -118,16 +152,17 @@ class Cascade:
         parts: list[nn.Module | Run] = []
         run: list[nn.Module] = []
         for child in (*self.children.values(), None):
-            if child is not None and (_made(child) or self.permutation_of(child) is not None):
+            if child is not None and (_made(child) or self.permutations.of(child) is not None):
                 run.append(child)
                 continue
-            parts += [Run(run, self.permutation_of)] if len(run) > 1 and any(map(_made, run)) else run
+            parts += [Run(run, self.permutations)] if len(run) > 1 and any(map(_made, run)) else run
             run = []
             if child is not None:
                 parts.append(child)
         return parts
 
-    def __call__(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, x: Any, inverse: bool, *context: Any) -> tuple[Tensor, Tensor] | None:
+        """(y, summed log-dets) of what the children do one after the other, or None: nothing was done."""
         if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() < 1:
             return None
         self.refresh()
@@ -135,14 +170,14 @@ class Cascade:
             return None
         total: Tensor | None = None
         for part in reversed(self.parts) if inverse else self.parts:
-            done = part(x, context, inverse) if isinstance(part, Run) else None
+            done = part(x, context[0] if context else None, inverse) if isinstance(part, Run) else None
             if done is not None:
                 x, logdet = done
                 total = logdet if total is None else total + logdet
                 continue
             alone: Sequence[Any] = part.children if isinstance(part, Run) else (part,)
             for child in reversed(alone) if inverse else alone:
-                x, logdet = child.inverse(x, context) if inverse else child(x, context)
+                x, logdet = child.inverse(x, *context) if inverse else child(x, *context)
                 total = logdet if total is None else total + logdet
         assert total is not None
         return x, total
@@ -160,9 +195,49 @@ class Composite(Replaced):
     """nflows' `CompositeTransform`."""
 
     def forward(self, inputs: Any, context: Any = None) -> Any:
-        done = self._flowkernels.data(inputs, context, False)
+        done = self._flowkernels.data(inputs, False, context)
         return self._flowkernels_class.forward(self, inputs, context) if done is None else done
 
     def inverse(self, inputs: Any, context: Any = None) -> Any:
-        done = self._flowkernels.data(inputs, context, True)
+        done = self._flowkernels.data(inputs, True, context)
         return self._flowkernels_class.inverse(self, inputs, context) if done is None else done
+
+
+class NormalizingFlow(Replaced):
+    """normflows' `NormalizingFlow`: its methods that pass one batch through all flows.
+
+    As there, log-dets come back in the default dtype, but for `log_prob`.
+    """
+
+    def forward(self, z: Any) -> Any:
+        done = self._flowkernels.data(z, False)
+        return self._flowkernels_class.forward(self, z) if done is None else done[0]
+
+    def inverse(self, x: Any) -> Any:
+        done = self._flowkernels.data(x, True)
+        return self._flowkernels_class.inverse(self, x) if done is None else done[0]
+
+    def forward_and_log_det(self, z: Any) -> Any:
+        done = self._flowkernels.data(z, False)
+        if done is None:
+            return self._flowkernels_class.forward_and_log_det(self, z)
+        return done[0], done[1].to(torch.get_default_dtype())
+
+    def inverse_and_log_det(self, x: Any) -> Any:
+        done = self._flowkernels.data(x, True)
+        if done is None:
+            return self._flowkernels_class.inverse_and_log_det(self, x)
+        return done[0], done[1].to(torch.get_default_dtype())
+
+    def log_prob(self, x: Any) -> Any:
+        done = self._flowkernels.data(x, True)
+        if done is None:
+            return self._flowkernels_class.log_prob(self, x)
+        return (done[1] + self.q0.log_prob(done[0])).to(x.dtype)  # type: ignore[attr-defined]
+
+    def forward_kld(self, x: Any) -> Any:
+        done = self._flowkernels.data(x, True)
+        if done is None:
+            return self._flowkernels_class.forward_kld(self, x)
+        log_q = done[1] + self.q0.log_prob(done[0])  # type: ignore[attr-defined]
+        return -torch.mean(log_q.to(torch.get_default_dtype()))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from flowkernels.integrations._chain import Cascade, Composite
+from flowkernels.integrations._chain import Cascade, Composite, Permutations
 from flowkernels.integrations._common import Adapter, Left, Reader, Replaced, law_of, takes
 from flowkernels.integrations._made import TRANSFORM_METHODS, AffineMade, MadeNetwork
 from flowkernels.integrations._nflows_models import from_nflows, to_nflows
@@ -86,7 +85,7 @@ def _default_scale(transform: Any) -> None:
 
 def adapters() -> list[Adapter]:
     from nflows.transforms import autoregressive, base, coupling, made, nonlinearities
-    from nflows.transforms import permutations as permutation
+    from nflows.transforms import permutations as permuting
 
     def network(transform: nn.Module) -> MadeNetwork:
         return MadeNetwork(transform, made, False, affine_law)
@@ -95,27 +94,17 @@ def adapters() -> list[Adapter]:
         raise Left("its only operation is an addition: nothing to fuse")
 
     def cascade(composite: Any) -> Cascade:
-        children = composite._transforms._modules
-        made = [isinstance(child, autoregressives) for child in children.values()]
-        fits = [m or _permutation(child) is not None for m, child in zip(made, children.values(), strict=True)]
-        if not any(all(fits[i : i + 2]) and any(made[i : i + 2]) for i in range(len(made) - 1)):
-            raise Left("no autoregressive transform or permutation follows another in it")
-        return Cascade(children, _permutation)
-
-    def _permutation(child: Any) -> Tensor | None:
-        """What a child that only permutes features takes from where, None for other children."""
-        if type(child) not in permutations or "forward" in child.__dict__ or "inverse" in child.__dict__:
-            return None
-        found = child._buffers.get("_permutation")
-        if child._dim != 1 or found is None or found.is_inference() or not found.is_cpu or found.dtype != torch.long:
-            return None
-        return found if torch.equal(found.sort().values, torch.arange(len(found))) else None
+        return Cascade(composite._transforms._modules, autoregressives, permutations)
 
     autoregressives = (
         autoregressive.MaskedAffineAutoregressiveTransform,
         autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
     )
-    permutations = {getattr(permutation, name) for name in ("Permutation", "RandomPermutation", "ReversePermutation")}
+    permutations = Permutations(
+        frozenset((permuting.Permutation, permuting.RandomPermutation, permuting.ReversePermutation)),
+        "_permutation",
+        lambda child: child._dim == 1,
+    )
     both_ways = ("forward", "inverse", "_coupling_transform_forward", "_coupling_transform_inverse")
     return [
         Adapter(

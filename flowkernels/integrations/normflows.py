@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flowkernels.integrations._chain import Cascade, NormalizingFlow, Permutations
 from flowkernels.integrations._common import Adapter, Left, Replaced, law_of, takes
 from flowkernels.integrations._made import TRANSFORM_METHODS, AffineMade, MadeNetwork
 from flowkernels.integrations._nsf import spline_adapters
@@ -64,14 +65,31 @@ def _coupling(flow: Any) -> None:
 
 
 def adapters() -> list[Adapter]:
-    from normflows.flows import neural_spline
+    from normflows.core import NormalizingFlow as Model
+    from normflows.flows import Permute, neural_spline
     from normflows.flows.affine import autoregressive, coupling
     from normflows.nets import made
 
     def network(transform: nn.Module) -> MadeNetwork:
         return MadeNetwork(transform, made, True, lambda reader, transform: law_of("sigmoid", offset=2.0, floor=1e-3))
 
+    def cascade(model: Any) -> Cascade:
+        made = (
+            autoregressive.MaskedAffineAutoregressive,
+            neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive,
+        )
+        shuffled = Permutations(frozenset((Permute,)), "perm", lambda child: child.mode == "shuffle")
+        return Cascade(model.flows._modules, made, shuffled)
+
     return [
+        Adapter(
+            Model,
+            ("forward", "inverse", "forward_and_log_det", "inverse_and_log_det", "log_prob", "forward_kld"),
+            NormalizingFlow,
+            cascade,
+            "autoregressive flows that follow one another, permutations between them too, go in one call",
+            closed=False,
+        ),
         Adapter(
             autoregressive.MaskedAffineAutoregressive,
             TRANSFORM_METHODS,

@@ -290,3 +290,70 @@ def test_zuko_with_other_parts(calls: list[int]) -> None:
     x = torch.randn(5, 4, dtype=torch.double)
     assert_same([fast().log_prob(x)], [peer().log_prob(x)])
     assert calls == []
+
+
+# ---- normflows -----------------------------------------------------------------------------------------------------
+
+
+def normflows_model(parts: str, features: int = 5) -> Any:
+    """A normalizing flow of: m a MAF, p a shuffle, w a swap of halves, a an ActNorm."""
+    normflows = pytest.importorskip("normflows")
+    torch.manual_seed(0)
+    flows = normflows.flows
+    kinds: dict[str, Any] = {
+        "m": lambda: flows.MaskedAffineAutoregressive(features, 12, num_blocks=1, use_residual_blocks=False),
+        "p": lambda: flows.Permute(features),
+        "w": lambda: flows.Permute(features, mode="swap"),
+        "a": lambda: flows.AffineConstFlow(features),
+    }
+    base = normflows.distributions.DiagGaussian(features, trainable=False)
+    model = normflows.NormalizingFlow(base, [kinds[part]() for part in parts]).double()
+    randomise(model)
+    return model
+
+
+def normflows_ways(m: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    (x,) = inputs
+    torch.manual_seed(2)
+    return [
+        *(*m.forward_and_log_det(x), *m.inverse_and_log_det(x), m(x), m.inverse(x), m.log_prob(x), m.forward_kld(x)),
+        *m.sample(3),
+    ]
+
+
+@pytest.mark.parametrize(("parts", "lengths"), [("mm", [2]), ("mpmpm", [3]), ("pmwmm", [1, 2]), ("amam", [])])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_normflows(parts: str, lengths: list[int], default: torch.dtype, calls: list[int]) -> None:
+    torch.set_default_dtype(torch.float64)
+    peer = normflows_model(parts)
+    torch.set_default_dtype(default)
+    try:
+        fast = fk.accelerate(copy.deepcopy(peer))
+        x = [torch.randn(6, 5, dtype=torch.double)]
+        if default == torch.float64:
+            assert_same(outcome(fast, normflows_ways, x), outcome(peer, normflows_ways, x))
+            assert sorted(calls) == sorted(6 * lengths)
+            life(
+                lambda: normflows_model(parts),
+                normflows_ways,
+                x,
+                lambda m: any(hasattr(child, "_flowkernels") for child in m.modules()),
+            )
+        else:  # log-dets come in the default dtype, whatever x has
+            for name in ("forward_and_log_det", "inverse_and_log_det"):
+                ours, theirs = getattr(fast, name)(*x), getattr(peer, name)(*x)
+                assert_same(ours[:1], theirs[:1])
+                assert ours[1].dtype == theirs[1].dtype == torch.float32
+                torch.testing.assert_close(ours[1], theirs[1])
+            for name in ("log_prob", "forward_kld"):
+                torch.testing.assert_close(getattr(fast, name)(*x), getattr(peer, name)(*x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_normflows_bad_input() -> None:
+    peer = normflows_model("mpm")
+    fast = fk.accelerate(copy.deepcopy(peer))
+    for x in (torch.randn(3, 4, dtype=torch.double), torch.randn(3, 5), None):
+        for name in ("forward", "inverse", "log_prob", "forward_kld"):
+            assert_same_error(peer, fast, lambda m, x=x, name=name: getattr(m, name)(x))
