@@ -146,7 +146,8 @@ class Cascade:
             for child in self.children.values()
         ]
         if now != self.seen:
-            self.seen, self.parts, self.hooks = now, self._find(), Hooks(list(self.children.values()))
+            self.parts, self.hooks = self._find(), Hooks(list(self.children.values()))
+            self.seen = now
 
     def _find(self) -> list[nn.Module | Run]:
         parts: list[nn.Module | Run] = []
