@@ -41,6 +41,13 @@ def test_masked_linear(host_kernels: Any, dtype: torch.dtype) -> None:
     check_masked_linear(*(functools.partial(call, kernels=host_kernels) for call in calls), dtype)
 
 
+def test_long_sums(host_kernels: Any) -> None:
+    """Tensor cores cut off where float32 rounds; the errors of many steps must not add up in one direction."""
+    calls = (masked_linear_cuda.masked_linear, masked_linear_cuda.masked_linear_backward)
+    ours = [functools.partial(call, kernels=host_kernels) for call in calls]
+    check_masked_linear(ours[0], ours[1], torch.float32, shapes=[(2, 1500, 3, 2), (1500, 2, 3, 2)])
+
+
 def test_degrees_are_sorted_once() -> None:
     i, o = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
     first = sorted_degrees(i, o, False)
