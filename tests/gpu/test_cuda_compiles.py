@@ -10,7 +10,13 @@ import pytest
 import build
 
 # Most registers that a kernel may take: 64 Ki registers over the threads of a block that have to be resident.
-REGISTERS = {"maf_kernel": 255, "maf_spline_kernel": 255, "masked_product_kernel": 168, "": 128}
+REGISTERS = {
+    "maf_kernel": 255,
+    "maf_spline_kernel": 255,
+    "maf_weight_gradient_kernel": 168,
+    "masked_product_kernel": 168,
+    "": 128,
+}
 # Bytes of a stack frame that a kernel declares: the exponentials of two axes with 64 bins in float64, in each of six
 # branches (three kinds of splines, sweep or density). Arrays that are indexed at run time lie there; that is no spill.
 STACK = {"maf_spline_kernel": 6 * 2 * 64 * 8 + 64, "": 0}
