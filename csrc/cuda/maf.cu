@@ -90,8 +90,7 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
   constexpr int64_t S = kSamples<T>;
   const int64_t tiles = (call.samples + S - 1) / S;
   if (tiles == 0) return;
-  const int64_t work =
-      kSlots * kPanelRows * S + kChainLayers * (kAccStride * S + kBlockRows * kBlockRows) + kTileThreads<T>;
+  const int64_t work = kSlots * kPanelRows * S + kChainLayers * kChainLayerSize<T, Backward> + kTileThreads<T>;
   const int64_t state = 2 * table_size * S;
   const int64_t statically = static_cast<int64_t>(sizeof(DeviceNet<T>) + kMetas * sizeof(BlockMeta) + 1024);
   const int64_t limit = (device.shared_memory() - statically) / 128 * 128;

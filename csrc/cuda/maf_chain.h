@@ -129,6 +129,12 @@ struct ChainTile : DeviceTile<T, Backward, false> {
         for (int k = 0; k < meta.slots[p]; ++k) v += net.part[((meta.slot[p] + k) * kPanelRows + in_panel) * S + s];
         v += net.part[(p * kPanelRows + in_panel) * S + s];
         net.acc[(l * S + s) * kAccStride + row] = v;
+        if constexpr (Backward)
+          if (l < net.layers - 1)
+            net.slope[(l * S + s) * kAccStride + row] = slope_by_name(
+                net.layer[l].activation,
+                is_sample(s) ? call.saved_in[(net.layer[l].kept_slope - meta.row0[l] - row) * call.stride + first + s]
+                             : T(0));
       }
   }
 
@@ -150,7 +156,7 @@ struct ChainTile : DeviceTile<T, Backward, false> {
   // The steps of a block for sample s = warp. Every lane works out every final value itself: a broadcast costs more.
   __device__ void chain(const BlockMeta& meta, T& logdet) const {
     const int s = warp, last = net.layers - 1;
-    T rows[kChainLayers][2], slope[kChainLayers][2];
+    T rows[kChainLayers][2];
 #pragma unroll
     for (int l = 0; l < kChainLayers; ++l) {
       if (l > last) break;
@@ -159,11 +165,6 @@ struct ChainTile : DeviceTile<T, Backward, false> {
         const int row = lane + j * kWarp;
         const bool mine = row < meta.rows[l];
         rows[l][j] = mine ? net.acc[(l * S + s) * kAccStride + row] : T(0);
-        if constexpr (Backward)
-          if (l < last)
-            slope[l][j] = slope_by_name(
-                net.layer[l].activation,
-                mine ? call.saved_in[(net.layer[l].kept_slope - meta.row0[l] - row) * call.stride + first + s] : T(0));
       }
     }
     // What the features of the block need from memory, one or two features to a lane.
@@ -237,13 +238,8 @@ struct ChainTile : DeviceTile<T, Backward, false> {
         const int count = meta.rows[l + 1], end = meta.up_to[l][step + 1];
         for (int r = meta.up_to[l][step]; r < end; ++r) {
           const int row = meta.row0[l] + r;
-          T a;
-          if constexpr (Backward) {
-            const T scaled[2] = {rows[l][0] * slope[l][0], rows[l][1] * slope[l][1]};
-            a = pick(scaled, r);
-          } else {
-            a = pick(rows[l], r);
-          }
+          T a = pick(rows[l], r);
+          if constexpr (Backward) a *= net.slope[(l * S + s) * kAccStride + r];
           if (layer.residual >= 0) {
             __syncwarp();  // lane 0 has written what is read here
             const int64_t source = layer.residual_row[row];
@@ -272,10 +268,9 @@ struct ChainTile : DeviceTile<T, Backward, false> {
   }
 
   __device__ void sweep(BlockMeta* metas, T& logdet) const {
-    if (warp == 0) {
-      prepare(0, metas[0]);
-      prepare(1, metas[1]);
-    }
+    if (warp == 0)
+#pragma unroll 1
+      for (int b = 0; b < 2; ++b) prepare(b, metas[b]);
     __syncthreads();
     for (int b = 0; b < net.blocks; ++b) {
       const BlockMeta& meta = metas[b % kMetas];

@@ -22,6 +22,10 @@ inline constexpr int kSamples = 32 / sizeof(T);
 template <class T>
 inline constexpr int kTileThreads = 2 * kSamples<T> * kWarp;
 
+// What the chain keeps in shared memory for each layer: sums, backwards also slopes, and the weights inside a block.
+template <class T, bool Backward>
+inline constexpr int kChainLayerSize = (Backward ? 2 : 1) * kAccStride * kSamples<T> + kBlockRows * kBlockRows;
+
 template <class T>
 struct MafDeviceCall {
   const int64_t* table;  // of the net that runs
@@ -69,7 +73,7 @@ struct DeviceNet {
   int64_t kept_noise;       // first kept row of z, kept by the sampling direction
   bool chain;               // every block fits the chain
   T* state_in;
-  T *part, *acc, *diagonal;
+  T *part, *acc, *slope, *diagonal;
   DeviceLayer<T> layer[kMaxDeviceLayers];
 };
 
@@ -131,7 +135,7 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
     // Activations of all layers in shared memory, beside the chain's buffers if there are any; else in the scratch
     // memory; and where the host saw no need of that, without the chain.
     const int64_t room = call.shared_bytes / static_cast<int64_t>(sizeof(T));
-    const int64_t buffers = kSlots * kPanelRows * S + net.layers * (kAccStride * S + kBlockRows * kBlockRows);
+    const int64_t buffers = kSlots * kPanelRows * S + net.layers * kChainLayerSize<T, Backward>;
     const int64_t last_rows = net.layer[net.layers - 1].rows;
     int64_t state = net.inputs;
     for (int l = 0; l < net.layers; ++l) {
@@ -145,7 +149,8 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
     net.part = memory;  // without a chain: sums of log-dets over threads
     if (net.chain) {
       net.acc = net.part + kSlots * kPanelRows * S;
-      net.diagonal = net.acc + net.layers * kAccStride * S;
+      net.slope = net.acc + net.layers * kAccStride * S;
+      net.diagonal = net.slope + (Backward ? net.layers * kAccStride * S : 0);
       memory += (buffers + 31) / 32 * 32;
       state -= last_rows;
     } else {

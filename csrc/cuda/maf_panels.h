@@ -95,9 +95,10 @@ __device__ inline void panel_on_lanes(const T* weights, int height, const T* col
         if (4 * quad + r < rows) out[(4 * quad + r) * S + s] = sum[r][s];
 }
 
+// A function of its own: it is asked for in four places, and takes far longer than a call.
 template <class T>
-__device__ inline void panel_product(const T* weights, int height, const T* columns, int from, int to, T* out,
-                                     int rows) {
+__device__ __noinline__ void panel_product(const T* weights, int height, const T* columns, int from, int to, T* out,
+                                           int rows) {
   if constexpr (kUnits<T> == Units::tf32)
     panel_on_tensor_cores(weights, height, columns, from, to, out, rows);
   else

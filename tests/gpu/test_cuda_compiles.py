@@ -43,8 +43,11 @@ def test_the_gate_sees_spills() -> None:
         "ptxas info    : Function properties for kernel\n"
         "    8 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads\n"
         "ptxas info    : Used 128 registers, used 1 barriers\n"
+        "ptxas info    : Function properties for called\n"
+        "    0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Compiling entry function 'next' for 'sm_80'\n"
     )
-    assert build.parse_ptxas(text) == [build.Usage("kernel", 128, 8, 16, 12)]
+    assert build.parse_ptxas(text) == [build.Usage("kernel", 128, 8, 16, 12), build.Usage("called", 0, 0, 4, 4)]
 
 
 def test_every_kernel_is_reported(nvcc: str) -> None:
