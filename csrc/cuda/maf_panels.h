@@ -11,28 +11,39 @@ namespace fk {
 // come from memory as they are needed, two rows of a column in one access.
 __device__ inline void panel_on_tensor_cores(const float* weights, int height, const float* columns, int from, int to,
                                              float* out, int rows) {
-  constexpr int S = kSamples<float>;
+  constexpr int S = kSamples<float>, kSteps = 2, kColumns = 8 * kSteps;
   static_assert(S == 8 && kPanelRows == 16);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, group = lane / 4, in_group = lane % 4;
-  const bool has_rows = 2 * group < height;
+  // Lanes of rows that a lower panel lacks take its first ones; nobody asks for their sums.
+  const float* w = weights + static_cast<int64_t>(from + in_group) * height + (2 * group < height ? 2 * group : 0);
+  const float* c = columns + static_cast<int64_t>(from + in_group) * S + group;
+  const int quarter = 4 * height;
   float sum[4] = {};
-  __syncwarp();
-#pragma unroll 4
-  for (int k0 = from; k0 < to; k0 += 8) {
-    Tf32Operand<4> a;
-    Tf32Operand<2> b;
+  // Columns in_group, in_group + 4, ... of the next kColumns, as far as there are any.
+  auto add = [&](auto exists) {
+    Tf32Operand<4> a[kSteps];
+    Tf32Operand<2> b[kSteps];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int k = k0 + in_group + 4 * i;
-      float2 w = {0.0f, 0.0f};
-      if (has_rows && k < to)
-        w = *reinterpret_cast<const float2*>(weights + static_cast<int64_t>(k) * height + 2 * group);
-      a.set(2 * i, w.x);
-      a.set(2 * i + 1, w.y);
-      b.set(i, k < to ? columns[k * S + group] : 0.0f);
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      float2 v = {0.0f, 0.0f};
+      float x = 0.0f;
+      if (exists(4 * i)) {
+        v = *reinterpret_cast<const float2*>(w + i * quarter);
+        x = c[4 * i * S];
+      }
+      a[i / 2].set(i % 2 * 2, v.x);
+      a[i / 2].set(i % 2 * 2 + 1, v.y);
+      b[i / 2].set(i % 2, x);
     }
     multiply_add(sum, a, b);
-  }
+    w += kColumns * height;
+    c += kColumns * S;
+  };
+  int left = to - from;
+  __syncwarp();
+#pragma unroll 2
+  for (; left >= kColumns; left -= kColumns) add([](int) { return true; });
+  if (left > 0) add([&](int k) { return in_group + k < left; });
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = 2 * group + i / 2;
@@ -95,10 +106,9 @@ __device__ inline void panel_on_lanes(const T* weights, int height, const T* col
         if (4 * quad + r < rows) out[(4 * quad + r) * S + s] = sum[r][s];
 }
 
-// A function of its own: it is asked for in four places, and takes far longer than a call.
 template <class T>
-__device__ __noinline__ void panel_product(const T* weights, int height, const T* columns, int from, int to, T* out,
-                                           int rows) {
+__device__ inline void panel_product(const T* weights, int height, const T* columns, int from, int to, T* out,
+                                     int rows) {
   if constexpr (kUnits<T> == Units::tf32)
     panel_on_tensor_cores(weights, height, columns, from, to, out, rows);
   else

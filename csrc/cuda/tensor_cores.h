@@ -33,27 +33,6 @@ template <class S>
 using Native = std::conditional_t<std::is_same_v<S, torch::headeronly::Half>, __half, __nv_bfloat16>;
 #endif
 
-// Of a float, tensor cores read the first 11 of its 24 significant bits (tf32). Two such numbers hold all of them but
-// the last, now and then: v = high + low. An infinity becomes NaN.
-struct Tf32Pair {
-  std::uint32_t high, low;
-};
-
-__device__ inline std::uint32_t to_tf32(float v) {
-  std::uint32_t bits;
-#if defined(FK_HOST_SHIM)
-  bits = host_shim::to_tf32(v);
-#else
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
-#endif
-  return bits & 0xffffe000u;  // PTX does not say what is left in the bits that are not read
-}
-
-__device__ inline Tf32Pair tf32_pair(float v) {
-  const std::uint32_t high = to_tf32(v);
-  return {high, to_tf32(v - math::bits_float(high))};
-}
-
 // A warp's sum += a b for a of 16 x 8 and b of 8 x 8. Lane 4 g + t holds
 //   a: [g][t], [g + 8][t], [g][t + 4], [g + 8][t + 4]     b: [t][g], [t + 4][g]
 //   sum: [g][2 t], [g][2 t + 1], [g + 8][2 t], [g + 8][2 t + 1].
@@ -69,28 +48,35 @@ __device__ inline void mma_tf32(float (&sum)[4], const std::uint32_t (&a)[4], co
 #endif
 }
 
-// An operand's part in one step, split.
+// An operand's part in one step. Of a float, tensor cores read the first 11 of its 24 significant bits (tf32) and
+// ignore the other 13, which the device's own conversion does not clear either. Two such numbers hold all bits but the
+// last, now and then: v = high + low. What is NaN stays NaN, in `low` if not in `high`; an infinity becomes NaN.
 template <int N>
 struct Tf32Operand {
   std::uint32_t high[N], low[N];
 
   __device__ void set(int i, float v) {
-    const Tf32Pair pair = tf32_pair(v);
-    high[i] = pair.high;
-    low[i] = pair.low;
+    high[i] = (math::float_bits(v) + 0x1000u) & 0xffffe000u;
+    low[i] = math::float_bits(v - math::bits_float(high[i]));
   }
 };
 
-// sum += a b with an error like that of float32: three of the four products of the parts, the small ones first; the
-// fourth would be below float32's last place. Tensor cores cut off where float32 rounds, which adds up over a long sum,
-// so a step's sum is added outside them (Ootomo and Yokota 2022, arXiv:2203.03341).
-__device__ inline void multiply_add(float (&sum)[4], const Tf32Operand<4>& a, const Tf32Operand<2>& b) {
-  float step[4] = {};
-  mma_tf32(step, a.low, b.high);
-  mma_tf32(step, a.high, b.low);
-  mma_tf32(step, a.high, b.high);
+// sum += the products of some steps, with an error like that of float32: three of the four products of the parts, the
+// small ones first; the fourth would be below float32's last place. Tensor cores cut off where float32 rounds, which
+// adds up over a long sum, so the steps' own sum is added outside them (Ootomo and Yokota 2022, arXiv:2203.03341).
+template <int Steps>
+__device__ inline void multiply_add(float (&sum)[4], const Tf32Operand<4> (&a)[Steps],
+                                    const Tf32Operand<2> (&b)[Steps]) {
+  float steps[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] += step[i];
+  for (int i = 0; i < Steps; ++i) {
+    mma_tf32(steps, a[i].low, b[i].high);
+    mma_tf32(steps, a[i].high, b[i].low);
+  }
+#pragma unroll
+  for (int i = 0; i < Steps; ++i) mma_tf32(steps, a[i].high, b[i].high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] += steps[i];
 }
 
 }  // namespace fk

@@ -113,16 +113,16 @@ struct Sums<S, T, AFast, BFast, Units::tf32> : Quarter {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, group = lane / 4, in_group = lane % 4;
 #pragma unroll 1  // two steps at once would spill
     for (int k = in_group; k < kStep<S>; k += 8) {
-      Tf32Operand<2> y[4];
+      Tf32Operand<2> y[4][1];
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) y[j].set(e, b.at(column0() + 8 * j + group, k + 4 * e));
+        for (int e = 0; e < 2; ++e) y[j][0].set(e, b.at(column0() + 8 * j + group, k + 4 * e));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        Tf32Operand<4> x;
+        Tf32Operand<4> x[1];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x.set(e, a.at(row0() + 16 * i + group + e % 2 * 8, k + e / 2 * 4));
+        for (int e = 0; e < 4; ++e) x[0].set(e, a.at(row0() + 16 * i + group + e % 2 * 8, k + e / 2 * 4));
 #pragma unroll
         for (int j = 0; j < 4; ++j) multiply_add(sum[i][j], x, y[j]);
       }

@@ -23,7 +23,6 @@
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
-#define __noinline__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__ __restrict
 
@@ -208,14 +207,7 @@ T exchange(T value, int from) {
   return Shown<T>(value).of(from);
 }
 
-// cvt.rna.tf32.f32: to 11 significant bits, nearest, ties away from zero. The 13 bits below are rubbish.
-inline std::uint32_t to_tf32(float v) {
-  if (std::isnan(v)) return 0x7fffffffu;
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return ((std::isfinite(v) ? bits + 0x1000u : bits) & 0xffffe000u) | 0x0aaau;
-}
-
+// What tensor cores read of a tf32 operand: 11 significant bits. The others need not be zero.
 inline float read_tf32(std::uint32_t bits) {
   bits &= 0xffffe000u;
   float v;
