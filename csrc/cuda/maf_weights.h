@@ -70,7 +70,7 @@ __device__ inline int64_t kept_output_of(const int64_t* table, int l) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, kResident)
+__global__ void __launch_bounds__(kProductThreads, kResident<T>)
     maf_weight_gradient_kernel(const WeightGradientCall<T> call) {
   alignas(32) __shared__ unsigned char memory[kProductBytes<T, T, true, true>];
   __shared__ int depths[kProductThreads];
@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kProductThreads, kResident)
                (kept_output_of(call.back, call.layer == last ? -1 : layers - 2 - call.layer) + rows - 1) * call.stride;
   const T* a = call.saved + kept_output_of(call.table, call.layer - 1) * call.stride;
   Sums<T, T, true, true> sums;
-  const T bias =
-      add_products(sums, reinterpret_cast<T*>(memory), Operand<T>{g, nullptr, nullptr, -call.stride, 1, rows},
-                   Operand<T>{a, nullptr, nullptr, call.stride, 1, depth}, row0, column0, 0, call.samples, with_bias,
-                   [](int64_t, int64_t) { return true; });
+  const Operand<T> gradients{g, nullptr, nullptr, -call.stride, 1, rows};
+  const Operand<T> activations{a, nullptr, nullptr, call.stride, 1, depth};
+  const T bias = add_products(sums, reinterpret_cast<T*>(memory), gradients, activations, row0, column0, 0,
+                              call.samples, with_bias);
   T* result = reinterpret_cast<T*>(memory);
   sums.store(result);
   __syncthreads();

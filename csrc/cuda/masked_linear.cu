@@ -28,7 +28,7 @@ struct ProductCall {
 };
 
 template <class S, class T, Product P>
-__global__ void __launch_bounds__(kProductThreads, kResident) masked_product_kernel(const ProductCall<S, T> c) {
+__global__ void __launch_bounds__(kProductThreads, kResident<S>) masked_product_kernel(const ProductCall<S, T> c) {
   // Neighbouring threads read along rows of x, of grad and of the weight.
   constexpr bool kAFast = P != Product::weight_gradient, kBFast = P == Product::forward;
   alignas(32) __shared__ unsigned char memory[kProductBytes<S, T, kAFast, kBFast>];
@@ -45,13 +45,8 @@ __global__ void __launch_bounds__(kProductThreads, kResident) masked_product_ker
   if constexpr (P == Product::weight_gradient)
     if (!with_bias && c.depth[(i0 + kTile < c.a.count ? i0 + kTile : c.a.count) - 1] <= j0) end = 0;
 
-  auto exists = [&](int64_t o, int64_t k) {
-    if constexpr (P == Product::forward) return k < c.depth[o];
-    if constexpr (P == Product::input_gradient) return o < c.depth[k];
-    return true;
-  };
   Sums<S, T, kAFast, kBFast> sums;
-  const T bias = add_products(sums, reinterpret_cast<S*>(memory), c.a, c.b, i0, j0, begin, end, with_bias, exists);
+  const T bias = add_products(sums, reinterpret_cast<S*>(memory), c.a, c.b, i0, j0, begin, end, with_bias);
 
   // Through shared memory, so that the activation is written once and neighbouring threads write neighbours.
   T* result = reinterpret_cast<T*>(memory);
@@ -99,7 +94,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const std::optional<
     const View<const S> from = view<S>(x), w = view<S>(weight);
     ProductCall<S, T> c{};
     c.a = {from.data, nullptr, indices(columns), from.row, from.column, samples};
-    c.b = {w.data, indices(rows), indices(columns), w.row, w.column, outputs};
+    c.b = {w.data, indices(rows), indices(columns), w.row, w.column, outputs, nullptr, indices(depth)};
     c.depth = indices(depth);
     c.length = inputs;
     c.out = static_cast<S*>(y.mutable_data_ptr());
@@ -128,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward(const Tensor& grad, co
     c.out_stride = inputs;
     if (want_x) {
       c.a = {g.data, nullptr, indices(rows), g.row, g.column, samples};
-      c.b = {w.data, indices(columns), indices(rows), w.column, w.row, inputs};
+      c.b = {w.data, indices(columns), indices(rows), w.column, w.row, inputs, indices(first), nullptr};
       c.length = outputs;
       c.out = static_cast<S*>(grad_x.mutable_data_ptr());
       launch_product<Product::input_gradient>(device, "masked_linear gradient of x", c, samples, inputs);

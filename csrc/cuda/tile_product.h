@@ -11,16 +11,35 @@ inline constexpr int kTile = 64, kProductThreads = 128;
 // Depth of one step. Its operands wait in registers while the step before is multiplied.
 template <class S>
 inline constexpr int kStep = sizeof(S) == 2 ? 32 : 16;
-// Blocks on one multiprocessor: it bounds the registers. With four, what waits of the operands would spill.
-inline constexpr int kResident = 3;
+// Blocks on one multiprocessor: it bounds the registers. With four, what waits of two half operands would spill.
+template <class S>
+inline constexpr int kResident = sizeof(S) == 4 ? 4 : 3;
 
-// element(o, k) of an operand: o counts rows or columns of the result, k the depth of the product. A null order: as it
-// is.
+// element(o, k) of an operand: o counts rows or columns of the result, k the depth of the product; there are those with
+// first[o] <= k < last[o]. A null order: as it is. Null bounds: all of them.
 template <class S>
 struct Operand {
   const S* data;
   const int64_t *outer, *inner;
   int64_t outer_stride, inner_stride, count;
+  const int64_t *first = nullptr, *last = nullptr;
+};
+
+// What one tile has to know of an operand's o, looked up once.
+struct TileRows {
+  int64_t first[kTile], last[kTile], offset[kTile];
+
+  template <class S>
+  __device__ void look_up(const Operand<S>& from, int64_t o0, int64_t end) {
+    for (int i = static_cast<int>(threadIdx.x); i < kTile; i += kProductThreads) {
+      const int64_t o = o0 + i;
+      const bool exists = o < from.count;
+      const int64_t last_k = exists && from.last ? from.last[o] : end;
+      first[i] = exists && from.first ? from.first[o] : 0;
+      last[i] = !exists ? 0 : last_k < end ? last_k : end;
+      offset[i] = exists ? (from.outer ? from.outer[o] : o) * from.outer_stride : 0;
+    }
+  }
 };
 
 // An operand in shared memory, along the dimension along which neighbouring threads read it.
@@ -44,16 +63,24 @@ struct SharedTile {
     return DepthFast ? t % kStep<S> : t / kTile + i * (kProductThreads / kTile);
   }
 
-  template <class Exists>
-  static __device__ void fetch(S (&to)[kPerThread], const Operand<S>& from, int64_t o0, int64_t k0, int64_t end,
-                               const Exists& exists) {
+  static __device__ void fetch(S (&to)[kPerThread], const Operand<S>& from, const TileRows& rows, int64_t k0,
+                               int64_t end) {
+    auto along_depth = [&](int64_t k) { return (from.inner ? from.inner[k] : k) * from.inner_stride; };
+    if constexpr (DepthFast) {  // a thread has one k and many o, otherwise the reverse
+      const int64_t k = k0 + depth_of(0), at = k < end ? along_depth(k) : 0;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t o = o0 + outer_of(i), k = k0 + depth_of(i);
-      to[i] = S(0);
-      if (o < from.count && k < end && exists(o, k))
-        to[i] = from.data[(from.outer ? from.outer[o] : o) * from.outer_stride +
-                          (from.inner ? from.inner[k] : k) * from.inner_stride];
+      for (int i = 0; i < kPerThread; ++i) {
+        const int o = outer_of(i);
+        to[i] = k >= rows.first[o] && k < rows.last[o] ? from.data[rows.offset[o] + at] : S(0);
+      }
+    } else {
+      const int o = outer_of(0);
+      const int64_t first = rows.first[o], last = rows.last[o], offset = rows.offset[o];
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t k = k0 + depth_of(i);
+        to[i] = k >= first && k < last ? from.data[offset + along_depth(k)] : S(0);
+      }
     }
   }
   __device__ void put(const S (&from)[kPerThread]) const {
@@ -189,32 +216,34 @@ template <class S, class T, bool AFast, bool BFast>
 inline constexpr size_t kProductBytes = std::max(
     (SharedTile<S, AFast>::kSize + SharedTile<S, BFast>::kSize) * sizeof(S), kTile* kResultStride<T> * sizeof(T));
 
-// sums += a[i0 + i][k] b[j0 + j][k] over the depth [begin, end), where exists(j0 + j, k). Returns the sum of a's row
-// i0 + i to thread i if asked for.
-template <bool AFast, bool BFast, class S, class T, class Exists>
+// sums += a[i0 + i][k] b[j0 + j][k] over the depth [begin, end). Returns the sum of a's row i0 + i to thread i if asked
+// for.
+template <bool AFast, bool BFast, class S, class T>
 __device__ T add_products(Sums<S, T, AFast, BFast>& sums, S* memory, const Operand<S>& from_a, const Operand<S>& from_b,
-                          int64_t i0, int64_t j0, int64_t begin, int64_t end, bool with_row_sums,
-                          const Exists& exists) {
+                          int64_t i0, int64_t j0, int64_t begin, int64_t end, bool with_row_sums) {
   using ATile = SharedTile<S, AFast>;
   using BTile = SharedTile<S, BFast>;
   static_assert(ATile::kSize * sizeof(S) % 32 == 0, "tensor cores read 32 bytes at a time");
+  __shared__ TileRows a_rows, b_rows;
   const ATile a{memory};
   const BTile b{memory + ATile::kSize};
   const int thread = static_cast<int>(threadIdx.x);
-  auto all = [](int64_t, int64_t) { return true; };
   T row_sum = T(0);
   S a_next[ATile::kPerThread], b_next[BTile::kPerThread];
+  a_rows.look_up(from_a, i0, end);
+  b_rows.look_up(from_b, j0, end);
+  __syncthreads();
   if (begin < end) {
-    ATile::fetch(a_next, from_a, i0, begin, end, all);
-    BTile::fetch(b_next, from_b, j0, begin, end, exists);
+    ATile::fetch(a_next, from_a, a_rows, begin, end);
+    BTile::fetch(b_next, from_b, b_rows, begin, end);
   }
   for (int64_t k0 = begin; k0 < end; k0 += kStep<S>) {
     a.put(a_next);
     b.put(b_next);
     __syncthreads();
     if (k0 + kStep<S> < end) {
-      ATile::fetch(a_next, from_a, i0, k0 + kStep<S>, end, all);
-      BTile::fetch(b_next, from_b, j0, k0 + kStep<S>, end, exists);
+      ATile::fetch(a_next, from_a, a_rows, k0 + kStep<S>, end);
+      BTile::fetch(b_next, from_b, b_rows, k0 + kStep<S>, end);
     }
     if (with_row_sums && thread < kTile) {
       T part = T(0);
