@@ -36,6 +36,16 @@
 #endif
 #endif
 
+// On the device a function of its own: for loops that take far longer than a call, and whose copies would be most of a
+// kernel's code and of the time that nvcc takes.
+#ifndef FK_CALLED
+#if defined(__CUDACC__)
+#define FK_CALLED FK_HD __noinline__
+#else
+#define FK_CALLED FK_INLINE
+#endif
+#endif
+
 namespace fk {
 namespace math {
 

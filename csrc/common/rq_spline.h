@@ -116,7 +116,7 @@ struct SplineWork {
 
 // exp(logit - largest) of every bin, and the factor that makes fractions of them.
 template <SplineStyle S, int Lanes, class T, class In>
-FK_INLINE void spline_exponentials(In logits, T least, const SplineOptions<T>& o, SplineAxis<T, Lanes>& axis) {
+FK_CALLED void spline_exponentials(In logits, T least, const SplineOptions<T>& o, SplineAxis<T, Lanes>& axis) {
   alignas(64) T largest[Lanes], sum[Lanes], rest[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) largest[i] = sum[i] = rest[i] = T(0);
@@ -151,7 +151,7 @@ FK_INLINE void spline_exponentials(In logits, T least, const SplineOptions<T>& o
 // Start and size of one bin per lane. Search: the bin that position[i] lies in, whose number is written to `bin`;
 // otherwise the bin whose number is there.
 template <bool Search, int Lanes, class T>
-FK_INLINE void spline_find(const T* position, T least, int bins, SplineAxis<T, Lanes>& axis, T* bin) {
+FK_CALLED void spline_find(const T* position, T least, int bins, SplineAxis<T, Lanes>& axis, T* bin) {
   alignas(64) T knot[Lanes], rest[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
@@ -281,7 +281,7 @@ FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>
 
 // Gradient of the logits of one axis: every fraction before the bin gets `before`, the bin's own gets `own`.
 template <SplineStyle S, int Lanes, class T, class In, class Out>
-FK_INLINE void spline_logit_gradients(In logits, const SplineAxis<T, Lanes>& axis, const T* bin, const T* before,
+FK_CALLED void spline_logit_gradients(In logits, const SplineAxis<T, Lanes>& axis, const T* bin, const T* before,
                                       const T* own, T least, const SplineOptions<T>& o, Out grad) {
   // With f_j = least + factor e_j, sum over j of g_j (f_j - least) needs only the fractions up to the bin, which are
   // known.

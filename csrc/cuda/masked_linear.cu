@@ -6,44 +6,14 @@
 // another launch and scratch memory at every call. All three products are the same loop: it begins where the first unit
 // of the tile begins to count and ends with the deepest one.
 //
-// Sums run over the depth in one order, in one block: the same input gives the same bits. float32 and float64 multiply
-// in the ordinary units; halves go through tensor cores, with sums in float32.
-#if !defined(FK_HOST_SHIM)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <mma.h>
-#endif
-
+// float64 multiplies in the ordinary units; halves go through tensor cores with sums in float32, and float32 in three
+// products there that together are as good as one in float32.
 #include "common/affine_by_name.h"
-#include "cuda/launch.h"
+#include "cuda/tile_product.h"
 
 namespace fk {
 
-inline constexpr int kTile = 64, kProductThreads = 128;
-// Depth of one step. Its operands wait in registers while the step before is multiplied.
-template <class S>
-inline constexpr int kStep = sizeof(S) == 2 ? 32 : 16;
-template <class S>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-inline constexpr bool kTensorCores = false;  // none for bfloat16
-#else
-inline constexpr bool kTensorCores = sizeof(S) == 2;
-#endif
-
-// Blocks on one multiprocessor: it bounds the registers. With four, what waits of two half operands would spill.
-template <class S>
-inline constexpr int kResident = sizeof(S) == 4 ? 4 : 3;
-
 enum class Product { forward, input_gradient, weight_gradient };
-
-// element(o, k) of an operand: o counts rows or columns of the result, k the depth of the product. A null order: as it
-// is.
-template <class S>
-struct Operand {
-  const S* data;
-  const int64_t *outer, *inner;
-  int64_t outer_stride, inner_stride, count;
-};
 
 template <class S, class T>
 struct ProductCall {
@@ -57,146 +27,11 @@ struct ProductCall {
   Activation activation;
 };
 
-// An operand in shared memory, along the dimension along which neighbouring threads read it.
-template <class S, bool DepthFast>
-struct SharedTile {
-  static constexpr int kStride = (DepthFast ? kStep<S> : kTile) + (kTensorCores<S> ? 8 : 1);
-  static constexpr int kSize = (DepthFast ? kTile : kStep<S>)*kStride;
-  static constexpr int kPerThread = kTile * kStep<S> / kProductThreads;
-  S* data;
-  __device__ S& at(int o, int k) const { return data[DepthFast ? o * kStride + k : k * kStride + o]; }
-
-  // The thread's i-th element of a step.
-  static __device__ int outer_of(int i) {
-    const int t = static_cast<int>(threadIdx.x);
-    return DepthFast ? t / kStep<S> + i * (kProductThreads / kStep<S>) : t % kTile;
-  }
-  static __device__ int depth_of(int i) {
-    const int t = static_cast<int>(threadIdx.x);
-    return DepthFast ? t % kStep<S> : t / kTile + i * (kProductThreads / kTile);
-  }
-
-  template <class Exists>
-  static __device__ void fetch(S (&to)[kPerThread], const Operand<S>& from, int64_t o0, int64_t k0, int64_t end,
-                               const Exists& exists) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t o = o0 + outer_of(i), k = k0 + depth_of(i);
-      to[i] = S(0);
-      if (o < from.count && k < end && exists(o, k))
-        to[i] = from.data[(from.outer ? from.outer[o] : o) * from.outer_stride +
-                          (from.inner ? from.inner[k] : k) * from.inner_stride];
-    }
-  }
-  __device__ void put(const S (&from)[kPerThread]) const {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) at(outer_of(i), depth_of(i)) = from[i];
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The product of two tiles in shared memory, added to sums that are spread over the block; `store` writes them to
-// result[row * kResultStride + column].
-
-template <class T>
-inline constexpr int kResultStride = kTile + (sizeof(T) == 4 ? 4 : 1);
-
-template <class S, class T, bool AFast, bool BFast, bool = kTensorCores<S>>
-struct Sums {
-  static constexpr int kAcross = 16, kDown = kProductThreads / kAcross;  // threads over columns and rows
-  T sum[kTile / kDown][kTile / kAcross] = {};
-
-  __device__ void add(const SharedTile<S, AFast>& a, const SharedTile<S, BFast>& b) {
-    const int tx = static_cast<int>(threadIdx.x) % kAcross, ty = static_cast<int>(threadIdx.x) / kAcross;
-#pragma unroll
-    for (int k = 0; k < kStep<S>; ++k) {
-      T x[kTile / kDown], y[kTile / kAcross];
-#pragma unroll
-      for (int i = 0; i < kTile / kDown; ++i) x[i] = a.at(ty + i * kDown, k);
-#pragma unroll
-      for (int j = 0; j < kTile / kAcross; ++j) y[j] = b.at(tx + j * kAcross, k);
-#pragma unroll
-      for (int i = 0; i < kTile / kDown; ++i)
-#pragma unroll
-        for (int j = 0; j < kTile / kAcross; ++j) sum[i][j] += x[i] * y[j];
-    }
-  }
-  __device__ void store(T* result) const {
-    const int tx = static_cast<int>(threadIdx.x) % kAcross, ty = static_cast<int>(threadIdx.x) / kAcross;
-#pragma unroll
-    for (int i = 0; i < kTile / kDown; ++i)
-#pragma unroll
-      for (int j = 0; j < kTile / kAcross; ++j)
-        result[(ty + i * kDown) * kResultStride<T> + tx + j * kAcross] = sum[i][j];
-  }
-};
-
-#if defined(FK_HOST_SHIM)
-template <class S>
-using Native = S;
-#else
-template <class S>
-using Native = std::conditional_t<std::is_same_v<S, torch::headeronly::Half>, __half, __nv_bfloat16>;
-#endif
-
-// Four warps, each with 32 x 32 of the result in four fragments.
-template <class S, class T, bool AFast, bool BFast>
-struct Sums<S, T, AFast, BFast, true> {
-  template <class Use, bool RowMajor>
-  using Fragment =
-      nvcuda::wmma::fragment<Use, 16, 16, 16, Native<S>,
-                             std::conditional_t<RowMajor, nvcuda::wmma::row_major, nvcuda::wmma::col_major>>;
-  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> sum[2][2];
-
-  __device__ Sums() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) nvcuda::wmma::fill_fragment(sum[i][j], 0.0f);
-  }
-  static __device__ int row0() { return static_cast<int>(threadIdx.x) / kWarp / 2 * 32; }
-  static __device__ int column0() { return static_cast<int>(threadIdx.x) / kWarp % 2 * 32; }
-
-  __device__ void add(const SharedTile<S, AFast>& a, const SharedTile<S, BFast>& b) {
-#pragma unroll
-    for (int k = 0; k < kStep<S>; k += 16) {
-      Fragment<nvcuda::wmma::matrix_a, AFast> x[2];
-      Fragment<nvcuda::wmma::matrix_b, !BFast> y[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        load(x[i], &a.at(row0() + 16 * i, k), a.kStride);
-        load(y[i], &b.at(column0() + 16 * i, k), b.kStride);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) nvcuda::wmma::mma_sync(sum[i][j], x[i], y[j], sum[i][j]);
-    }
-  }
-  template <class F>
-  static __device__ void load(F& to, const S* from, unsigned stride) {
-    nvcuda::wmma::load_matrix_sync(to, reinterpret_cast<const Native<S>*>(from), stride);
-  }
-  __device__ void store(T* result) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        nvcuda::wmma::store_matrix_sync(result + (row0() + 16 * i) * kResultStride<T> + column0() + 16 * j, sum[i][j],
-                                        kResultStride<T>, nvcuda::wmma::mem_row_major);
-  }
-};
-
 template <class S, class T, Product P>
 __global__ void __launch_bounds__(kProductThreads, kResident<S>) masked_product_kernel(const ProductCall<S, T> c) {
   // Neighbouring threads read along rows of x, of grad and of the weight.
-  using ATile = SharedTile<S, P != Product::weight_gradient>;
-  using BTile = SharedTile<S, P == Product::forward>;
-  constexpr size_t kTiles = (ATile::kSize + BTile::kSize) * sizeof(S), kResult = kTile * kResultStride<T> * sizeof(T);
-  static_assert(ATile::kSize * sizeof(S) % 32 == 0, "tensor cores read 32 bytes at a time");
-  alignas(32) __shared__ unsigned char memory[kTiles > kResult ? kTiles : kResult];
-  const ATile a{reinterpret_cast<S*>(memory)};
-  const BTile b{reinterpret_cast<S*>(memory) + ATile::kSize};
+  constexpr bool kAFast = P != Product::weight_gradient, kBFast = P == Product::forward;
+  alignas(32) __shared__ unsigned char memory[kProductBytes<S, T, kAFast, kBFast>];
   const int thread = static_cast<int>(threadIdx.x);
 
   // The longest sums begin first: what is left at the end is short.
@@ -210,36 +45,8 @@ __global__ void __launch_bounds__(kProductThreads, kResident<S>) masked_product_
   if constexpr (P == Product::weight_gradient)
     if (!with_bias && c.depth[(i0 + kTile < c.a.count ? i0 + kTile : c.a.count) - 1] <= j0) end = 0;
 
-  auto all = [](int64_t, int64_t) { return true; };
-  auto exists = [&](int64_t o, int64_t k) {
-    if constexpr (P == Product::forward) return k < c.depth[o];
-    if constexpr (P == Product::input_gradient) return o < c.depth[k];
-    return true;
-  };
-  Sums<S, T, P != Product::weight_gradient, P == Product::forward> sums;
-  T bias = T(0);
-  S a_next[ATile::kPerThread], b_next[BTile::kPerThread];
-  if (begin < end) {
-    ATile::fetch(a_next, c.a, i0, begin, end, all);
-    BTile::fetch(b_next, c.b, j0, begin, end, exists);
-  }
-  for (int64_t k0 = begin; k0 < end; k0 += kStep<S>) {
-    a.put(a_next);
-    b.put(b_next);
-    __syncthreads();
-    if (k0 + kStep<S> < end) {
-      ATile::fetch(a_next, c.a, i0, k0 + kStep<S>, end, all);
-      BTile::fetch(b_next, c.b, j0, k0 + kStep<S>, end, exists);
-    }
-    if (with_bias && thread < kTile) {
-      T part = T(0);
-#pragma unroll
-      for (int k = 0; k < kStep<S>; ++k) part += static_cast<T>(a.at(thread, k));
-      bias += part;
-    }
-    sums.add(a, b);
-    __syncthreads();
-  }
+  Sums<S, T, kAFast, kBFast> sums;
+  const T bias = add_products(sums, reinterpret_cast<S*>(memory), c.a, c.b, i0, j0, begin, end, with_bias);
 
   // Through shared memory, so that the activation is written once and neighbouring threads write neighbours.
   T* result = reinterpret_cast<T*>(memory);
@@ -287,7 +94,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const std::optional<
     const View<const S> from = view<S>(x), w = view<S>(weight);
     ProductCall<S, T> c{};
     c.a = {from.data, nullptr, indices(columns), from.row, from.column, samples};
-    c.b = {w.data, indices(rows), indices(columns), w.row, w.column, outputs};
+    c.b = {w.data, indices(rows), indices(columns), w.row, w.column, outputs, nullptr, indices(depth)};
     c.depth = indices(depth);
     c.length = inputs;
     c.out = static_cast<S*>(y.mutable_data_ptr());
@@ -316,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward(const Tensor& grad, co
     c.out_stride = inputs;
     if (want_x) {
       c.a = {g.data, nullptr, indices(rows), g.row, g.column, samples};
-      c.b = {w.data, indices(columns), indices(rows), w.column, w.row, inputs};
+      c.b = {w.data, indices(columns), indices(rows), w.column, w.row, inputs, indices(first), nullptr};
       c.length = outputs;
       c.out = static_cast<S*>(grad_x.mutable_data_ptr());
       launch_product<Product::input_gradient>(device, "masked_linear gradient of x", c, samples, inputs);

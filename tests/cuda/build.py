@@ -91,7 +91,7 @@ def load_host_libraries() -> None:
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of one kernel."""
+    """What ptxas says of one kernel, or of a function that kernels call: its registers are part of theirs."""
 
     kernel: str
     registers: int
@@ -136,8 +136,8 @@ def nvcc_report(source: Path, architecture: str) -> list[Usage]:
 
 def parse_ptxas(text: str) -> list[Usage]:
     found = re.findall(
-        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
-        r"ptxas info\s+: Used (\d+) registers",
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r"(?:\s+ptxas info\s+: Used (\d+) registers)?",
         text,
     )
-    return [Usage(name, int(regs), int(stack), int(st), int(ld)) for name, stack, st, ld, regs in found]
+    return [Usage(name, int(regs or 0), int(stack), int(st), int(ld)) for name, stack, st, ld, regs in found]

@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -31,6 +32,9 @@ struct dim3 {
 struct uint3 {
   unsigned x = 0, y = 0, z = 0;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -54,7 +58,7 @@ struct Fiber {
   std::vector<char> stack;
   bool done = false, started = false;
   // Two, used in turn: a lane may be one exchange ahead of another that has not read yet.
-  alignas(16) unsigned char slot[2][16];
+  alignas(16) unsigned char slot[2][32];
   unsigned turn = 0;
 };
 
@@ -176,17 +180,79 @@ inline void run(const char* name, int64_t blocks, int threads, int64_t shared_by
   }
 }
 
+// What every lane of the warp has shown, to be read before the next but one.
+template <class T>
+class Shown {
+ public:
+  explicit Shown(const T& mine) : first_(state().current / kWarp * kWarp) {
+    static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(Fiber::slot[0]));
+    Fiber& f = state().fibers[static_cast<size_t>(state().current)];
+    turn_ = f.turn++ % 2;
+    std::memcpy(f.slot[turn_], &mine, sizeof(T));
+    warp_barrier();
+  }
+  T of(int lane) const {
+    T value;
+    std::memcpy(&value, state().fibers[static_cast<size_t>(first_ + lane % kWarp)].slot[turn_], sizeof(T));
+    return value;
+  }
+
+ private:
+  int first_;
+  unsigned turn_;
+};
+
 template <class T>
 T exchange(T value, int from) {
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 16);
-  State& s = state();
-  const int me = s.current, base = me / kWarp * kWarp;
-  const unsigned turn = s.fibers[static_cast<size_t>(me)].turn++ % 2;
-  std::memcpy(s.fibers[static_cast<size_t>(me)].slot[turn], &value, sizeof(T));
-  warp_barrier();
-  T result;
-  std::memcpy(&result, s.fibers[static_cast<size_t>(base + from % kWarp)].slot[turn], sizeof(T));
-  return result;
+  return Shown<T>(value).of(from);
+}
+
+// What tensor cores read of a tf32 operand: 11 significant bits. The others need not be zero.
+inline float read_tf32(std::uint32_t bits) {
+  bits &= 0xffffe000u;
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// The sum of exact products and a float as tensor cores form it: every term aligned to the largest and cut off below
+// its 24 bits, the result cut off too. Some devices keep a bit or two more (Fasi, Higham, Mikaitis and Pranesh 2021,
+// "Numerical behavior of NVIDIA tensor cores"); this is the least exact that was found.
+template <size_t N>
+float cut_off_sum(const double (&terms)[N]) {
+  double largest = 0.0, plain = 0.0;
+  for (const double t : terms) {
+    largest = std::fabs(t) > largest ? std::fabs(t) : largest;
+    plain += t;
+  }
+  if (largest == 0.0 || !std::isfinite(plain)) return static_cast<float>(plain);
+  const int last_place = std::ilogb(largest) - 23;
+  std::int64_t sum = 0;
+  for (const double t : terms) sum += static_cast<std::int64_t>(std::ldexp(t, -last_place));
+  const double exact = std::ldexp(static_cast<double>(sum), last_place);
+  const float rounded = static_cast<float>(exact);
+  return std::fabs(rounded) > std::fabs(exact) && std::isfinite(rounded) ? std::nextafterf(rounded, 0.0f) : rounded;
+}
+
+// mma.sync.m16n8k8 with tf32 operands; csrc/cuda/tensor_cores.h says which lane holds what.
+inline void mma_tf32(float (&sum)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  struct Operands {
+    std::uint32_t a[4], b[2];
+  };
+  const Shown<Operands> all({{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+  const int lane = state().current % kWarp, group = lane / 4, in_group = lane % 4;
+  Operands rows[4], columns[2][4];
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = all.of(4 * group + i);
+    for (int j = 0; j < 2; ++j) columns[j][i] = all.of(4 * (2 * in_group + j) + i);
+  }
+  for (int e = 0; e < 4; ++e) {
+    double terms[9] = {sum[e]};
+    for (int k = 0; k < 8; ++k)
+      terms[k + 1] = static_cast<double>(read_tf32(rows[k % 4].a[e / 2 + k / 4 * 2])) *
+                     static_cast<double>(read_tf32(columns[e % 2][k % 4].b[k / 4]));
+    sum[e] = cut_off_sum(terms);
+  }
 }
 
 }  // namespace host_shim

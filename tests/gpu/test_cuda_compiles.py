@@ -10,7 +10,13 @@ import pytest
 import build
 
 # Most registers that a kernel may take: 64 Ki registers over the threads of a block that have to be resident.
-REGISTERS = {"maf_kernel": 255, "maf_spline_kernel": 255, "masked_product_kernel": 168, "": 128}
+REGISTERS = {
+    "maf_kernel": 255,
+    "maf_spline_kernel": 255,
+    "maf_weight_gradient_kernel": 168,
+    "masked_product_kernel": 168,
+    "": 128,
+}
 # Bytes of a stack frame that a kernel declares: the exponentials of two axes with 64 bins in float64, in each of six
 # branches (three kinds of splines, sweep or density). Arrays that are indexed at run time lie there; that is no spill.
 STACK = {"maf_spline_kernel": 6 * 2 * 64 * 8 + 64, "": 0}
@@ -37,8 +43,11 @@ def test_the_gate_sees_spills() -> None:
         "ptxas info    : Function properties for kernel\n"
         "    8 bytes stack frame, 16 bytes spill stores, 12 bytes spill loads\n"
         "ptxas info    : Used 128 registers, used 1 barriers\n"
+        "ptxas info    : Function properties for called\n"
+        "    0 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Compiling entry function 'next' for 'sm_80'\n"
     )
-    assert build.parse_ptxas(text) == [build.Usage("kernel", 128, 8, 16, 12)]
+    assert build.parse_ptxas(text) == [build.Usage("kernel", 128, 8, 16, 12), build.Usage("called", 0, 0, 4, 4)]
 
 
 def test_every_kernel_is_reported(nvcc: str) -> None:

@@ -41,6 +41,26 @@ def test_masked_linear(host_kernels: Any, dtype: torch.dtype) -> None:
     check_masked_linear(*(functools.partial(call, kernels=host_kernels) for call in calls), dtype)
 
 
+def test_long_sums(host_kernels: Any) -> None:
+    """Tensor cores cut off where float32 rounds; the errors of many steps must not add up in one direction."""
+    calls = (masked_linear_cuda.masked_linear, masked_linear_cuda.masked_linear_backward)
+    ours = [functools.partial(call, kernels=host_kernels) for call in calls]
+    check_masked_linear(ours[0], ours[1], torch.float32, shapes=[(2, 1500, 3, 2), (1500, 2, 3, 2)])
+
+
+def test_a_nan_stays_one(host_kernels: Any) -> None:
+    """The device's NaN has all bits set: rounding its first part gives -0."""
+    degrees = torch.zeros(5, dtype=torch.long)
+    for row, column in ((1, 2), (4, 0)):
+        x, weight = torch.ones(5, 5), torch.ones(5, 5)
+        for tensor in (x, weight):
+            tensor.view(torch.int32)[row, column] = 0x7FFFFFFF
+        for a, b in ((x, torch.ones(5, 5)), (torch.ones(5, 5), weight)):
+            y = masked_linear_cuda.masked_linear(a, b, None, degrees, degrees, False, 0, kernels=host_kernels)
+            assert torch.equal(y.isnan(), (a.isnan().any(1)[:, None] | b.isnan().any(1)))
+            assert (y[~y.isnan()] == 5).all()
+
+
 def test_degrees_are_sorted_once() -> None:
     i, o = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
     first = sorted_degrees(i, o, False)
