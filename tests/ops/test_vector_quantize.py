@@ -202,7 +202,7 @@ def _quantizers(synchronize: bool = True) -> dict[str, VectorQuantizer]:
     torch.manual_seed(0)
     kinds: dict[str, dict[str, Any]] = {"follows": {}, "revives": {"revive": 0.9}, "learns": {"decay": None}}
     return {
-        kind: VectorQuantizer(6, 3, **{"decay": 0.5, **options}, synchronize=synchronize).double()
+        kind: VectorQuantizer(50, 3, **{"decay": 0.5, **options}, synchronize=synchronize).double()
         for kind, options in kinds.items()
     }
 
