@@ -169,6 +169,9 @@ FewSamples<T> few_samples(int64_t samples, const Tensor& in_degrees, const Tenso
   return f;
 }
 
+// For threads that read or write so many weights per item.
+inline int64_t weights_grain(int64_t weights) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, weights)); }
+
 // Rows of a matrix, `stride` apart, with zeros behind them.
 template <class T>
 void copy_rows(T* to, int64_t stride, const View<const T>& from, int64_t rows, int64_t columns) {
@@ -198,7 +201,7 @@ void run_few(FewSamples<T> f, const Tensor& x, const Tensor& weight, const T* bi
   f.bias = bias;
   f.activation = activation;
   f.to = static_cast<T*>(y.mutable_data_ptr());
-  torch::stable::parallel_for(0, f.groups(), grain_for(kFewRows * f.inputs),
+  torch::stable::parallel_for(0, f.groups(), weights_grain(kFewRows * f.inputs),
                               [&](int64_t begin, int64_t end) { FK_BEST(few_outputs<T>)(f, begin, end); });
 }
 
@@ -213,7 +216,7 @@ void run_few_backward(FewSamples<T> f, const Tensor& grad, const Tensor& x, cons
   if (grad_x) {
     f.to = memory;
     std::fill_n(memory, f.samples * f.x_stride, T(0));
-    torch::stable::parallel_for(0, f.blocks(), grain_for(kFewColumns * f.outputs),
+    torch::stable::parallel_for(0, f.blocks(), weights_grain(kFewColumns * f.outputs),
                                 [&](int64_t begin, int64_t end) { FK_BEST(few_inputs<T>)(f, begin, end); });
     for (int64_t s = 0; s < f.samples; ++s) std::copy_n(memory + s * f.x_stride, f.inputs, grad_x + s * f.inputs);
   }
@@ -221,7 +224,7 @@ void run_few_backward(FewSamples<T> f, const Tensor& grad, const Tensor& x, cons
     copy_rows(memory, f.x_stride, view<T>(x), f.samples, f.inputs);
     f.x = memory;
     f.to = grad_weight;
-    torch::stable::parallel_for(0, f.outputs, grain_for(f.inputs * (f.samples + 1)),
+    torch::stable::parallel_for(0, f.outputs, weights_grain(f.inputs),
                                 [&](int64_t begin, int64_t end) { FK_BEST(few_weights<T>)(f, begin, end); });
     std::fill_n(grad_bias, f.outputs, T(0));
     for (int64_t s = 0; s < f.samples; ++s)
