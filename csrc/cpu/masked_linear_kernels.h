@@ -189,12 +189,9 @@ void few_weights(const FewSamples<T>& f, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < f.inputs; k += kColumns) {
       T* to = f.to + o * f.inputs + k;
       const int64_t columns = std::min<int64_t>(kColumns, f.inputs - k);
-      if (f.lowest[k / kFewColumns] > f.out[o]) {
-        std::fill_n(to, columns, T(0));
-        continue;
-      }
+      const int64_t samples = f.lowest[k / kFewColumns] > f.out[o] ? 0 : f.samples;
       typename V::Vector sum[kVectors] = {};
-      for (int64_t s = 0; s < f.samples; ++s) {
+      for (int64_t s = 0; s < samples; ++s) {
         const T g = f.g[s * f.g_stride + o];
         const T* x = f.x + s * f.x_stride + k;
         for (int v = 0; v < kVectors; ++v)
