@@ -75,8 +75,9 @@ class Plan:
         self._check()
         self.features = self.masks[0].shape[1]
         self.order: Tensor | None = None
-        self._find_times()
-        self._build_tables()
+        with torch.device("cpu"):  # whatever the default device: tables are read here
+            self._find_times()
+            self._build_tables()
         self.packs: dict[Any, Any] = {}  # of flowkernels/ops/maf/pack.py
         self._on_device: dict[torch.device, tuple[tuple[Tensor, Tensor], list[Tensor]]] = {}
 

@@ -9,6 +9,16 @@ namespace fk {
 // So many rows are read together on the way back.
 inline constexpr int kActnormRows = 4;
 
+// With at least so many positions, channels are worked on one by one.
+inline constexpr int64_t kActnormPositions = 64;
+
+// One value for all features, read as if it were many.
+template <class T>
+struct Constant {
+  T value;
+  FK_INLINE T operator[](int64_t) const { return value; }
+};
+
 template <class T>
 struct ActnormArguments {
   const T* x = nullptr;  // backward: the gradient of the output

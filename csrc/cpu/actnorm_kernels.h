@@ -11,24 +11,36 @@ void spread_mask(const ActnormArguments<T>& a, int64_t r, std::uint8_t* to) {
     for (int64_t c = 0; c < a.features; c += a.positions) std::memcpy(to + c, from, a.positions);
 }
 
+// n features of one row; `counts` says which of them do, or is null. Shifts and factors are pointers or constants.
+template <bool Inverse, class T, class Values>
+FK_INLINE void actnorm_run(const T* x, T* y, const std::uint8_t* counts, int64_t n, Values shift, Values factor) {
+  if (counts) {
+    FK_SIMD
+    for (int64_t c = 0; c < n; ++c) {
+      const T value = actnorm_of<Inverse>(x[c], shift[c], factor[c]);
+      y[c] = counts[c] ? value : x[c];
+    }
+  } else {
+    FK_SIMD
+    for (int64_t c = 0; c < n; ++c) y[c] = actnorm_of<Inverse>(x[c], shift[c], factor[c]);
+  }
+}
+
 template <bool Inverse, class T>
 void actnorm_rows(const ActnormArguments<T>& a, int64_t begin, int64_t end) {
-  const T *shift = a.shift, *factor = a.factor;
-  std::vector<std::uint8_t> mask(a.mask ? a.features : 0);
-  const std::uint8_t* counts = mask.data();
+  // Channel by channel where one fills vectors: shifts and factors of every feature would be as much to read as x.
+  const bool by_channel = a.positions >= kActnormPositions;
+  std::vector<std::uint8_t> mask(a.mask && !by_channel ? a.features : 0);
   for (int64_t r = begin; r < end; ++r) {
     const T* x = a.x + r * a.x_row;
     T* y = a.y + r * a.features;
-    if (a.mask) {
-      spread_mask(a, r, mask.data());
-      FK_SIMD
-      for (int64_t c = 0; c < a.features; ++c) {
-        const T value = actnorm_of<Inverse>(x[c], shift[c], factor[c]);
-        y[c] = counts[c] ? value : x[c];
-      }
+    if (by_channel) {
+      const std::uint8_t* counts = a.mask ? a.mask + r * a.positions : nullptr;
+      for (int64_t c = 0; c < a.features; c += a.positions)
+        actnorm_run<Inverse>(x + c, y + c, counts, a.positions, Constant<T>{a.shift[c]}, Constant<T>{a.factor[c]});
     } else {
-      FK_SIMD
-      for (int64_t c = 0; c < a.features; ++c) y[c] = actnorm_of<Inverse>(x[c], shift[c], factor[c]);
+      if (a.mask) spread_mask(a, r, mask.data());
+      actnorm_run<Inverse>(x, y, a.mask ? mask.data() : nullptr, a.features, a.shift, a.factor);
     }
   }
 }

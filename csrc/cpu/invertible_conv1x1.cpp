@@ -11,10 +11,12 @@ struct ConvArguments {
   T* y = nullptr;
   bool solve = false;
   const T *first = nullptr, *second = nullptr;  // solve: lower and upper triangle; else the matrix, and nothing
+  const T* matrix_transposed = nullptr;         // where there is one position: rows of `padded` numbers
   const T *first_diagonal = nullptr, *second_diagonal = nullptr;
   const int64_t *order_in = nullptr, *order_out = nullptr;
-  double* sums = nullptr;  // backward: (blocks, channels, channels), zeros
-  int64_t channels = 0, positions = 0, elements = 0, block = 0;
+  double* sums = nullptr;            // backward: (blocks, channels, channels), zeros; rows before they are reordered
+  int64_t channels = 0, padded = 0;  // padded with zeros to whole vectors
+  int64_t positions = 0, elements = 0, block = 0;
 };
 
 }  // namespace fk
@@ -59,13 +61,10 @@ struct ConvFactors {
   }
 
   std::vector<double> weight() const {
-    std::vector<double> w(channels * channels, 0.0);
-    for (int64_t i = 0; i < channels; ++i) {
-      const int64_t row = permutation[i];
-      for (int64_t k = 0; k <= row; ++k)
-        for (int64_t j = k; j < channels; ++j)
-          w[i * channels + j] += left[row * channels + k] * right[k * channels + j];
-    }
+    std::vector<double> product(channels * channels), w;
+    FK_BEST(multiply_factors)(product.data(), left.data(), right.data(), channels);
+    for (int64_t row : permutation)
+      w.insert(w.end(), product.begin() + row * channels, product.begin() + (row + 1) * channels);
     return w;
   }
 
@@ -99,7 +98,8 @@ std::vector<double> apply(const ConvFactors& f, const Tensor& given, Tensor& y, 
   a.channels = C;
   a.positions = f.positions;
   a.elements = x.size(0) * f.positions;
-  std::vector<T> first, second, diagonal(C);
+  a.padded = (C + 15) / 16 * 16;
+  std::vector<T> first, second, padded, diagonal(C);
   if (inverse) {
     // (P L U)^-1 = U^-1 L^-1 P^-1; transposed, P L^-T U^-T.
     first = rounded<T>(transposed ? f.right : f.left, C, transposed);
@@ -109,7 +109,12 @@ std::vector<double> apply(const ConvFactors& f, const Tensor& given, Tensor& y, 
     (transposed ? a.order_out : a.order_in) = f.permutation.data();
     a.second = second.data();
   } else {
-    first = rounded<T>(f.weight(), C, transposed);
+    first = rounded<T>(f.weight(), C, transposed != (f.positions == 1));
+    if (f.positions == 1) {
+      padded.resize(C * a.padded);
+      for (int64_t i = 0; i < C; ++i) std::copy_n(first.begin() + i * C, C, padded.begin() + i * a.padded);
+      a.matrix_transposed = padded.data();
+    }
   }
   a.first = first.data();
   // Blocks depend on the number of positions alone, and their sums are added in order: the same bits with any number
@@ -123,7 +128,9 @@ std::vector<double> apply(const ConvFactors& f, const Tensor& given, Tensor& y, 
   torch::stable::parallel_for(0, blocks, grain_for(a.block * C),
                               [&](int64_t begin, int64_t end) { FK_BEST(invertible_conv1x1<T>)(a, begin, end); });
   for (int64_t block = 0; flow_x && block < blocks; ++block)
-    for (int64_t i = 0; i < C * C; ++i) total[i] += sums[block * C * C + i];
+    for (int64_t i = 0; i < C; ++i)
+      for (int64_t j = 0; j < C; ++j)
+        total[i * C + j] += sums[(block * C + (a.order_out ? a.order_out[i] : i)) * C + j];
   return total;
 }
 
@@ -157,16 +164,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> invertible_conv1x1_backward(const Ten
     const ConvFactors f(grad_y, lower, upper, log_diagonal, sign, permutation, T());
     const std::vector<double> of_weight = apply<T>(f, grad_y, grad_x, inverse, true, &flow_x);
     // Of L U: the rows of W in L's order.
-    std::vector<double> product(C * C), of_lower(C * C, 0.0), of_upper(C * C, 0.0);
+    std::vector<double> product(C * C), of_lower(C * C), of_upper(C * C);
     for (int64_t i = 0; i < C; ++i)
       for (int64_t j = 0; j < C; ++j)
         product[f.permutation[i] * C + j] = inverse ? -of_weight[i * C + j] : of_weight[i * C + j];
-    for (int64_t i = 0; i < C; ++i) {
-      for (int64_t k = 0; k < i; ++k)
-        for (int64_t j = k; j < C; ++j) of_lower[i * C + k] += product[i * C + j] * f.right[k * C + j];
-      for (int64_t k = 0; k <= i; ++k)
-        for (int64_t j = k; j < C; ++j) of_upper[k * C + j] += f.left[i * C + k] * product[i * C + j];
-    }
+    const std::vector<double> left = rounded<double>(f.left, C, true), right = rounded<double>(f.right, C, true);
+    FK_BEST(factor_gradients)(of_lower.data(), of_upper.data(), product.data(), left.data(), right.data(), C);
     const Tensor logdets = as_contiguous(grad_logdet);
     const T* g = static_cast<const T*>(logdets.const_data_ptr());
     double by_logdet = 0;

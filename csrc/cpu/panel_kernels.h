@@ -1,5 +1,7 @@
 // Products of packed panels with rows of lanes, and products of rows of samples, for one instruction set. Part of
-// kernels files: included inside foreach_isa.h, includes nothing.
+// kernels files: included inside foreach_isa.h.
+#include "cpu/transpose_kernels.h"
+
 namespace fk::FK_ISA {
 
 template <class T>
@@ -154,45 +156,14 @@ SlopeFunction<T> slope_function(int64_t a) {
 // What is kept for the backward pass lies in chunks of kLanes rows, [chunk][sample][row], so that the gradient of a
 // weight, a sum over samples, is the same product again: columns are samples, "weights" are gradients.
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-template <int W, int N, class V, int... J>
-FK_INLINE void exchange(V& a, V& b, std::integer_sequence<int, J...>) {
-  const V low = __builtin_shufflevector(a, b, (J & W ? N + J - W : J)...);
-  b = __builtin_shufflevector(a, b, (J & W ? N + J : J + W)...);
-  a = low;
-}
-
-// One step of a transpose: swaps the off-diagonal blocks of width W, then goes on with 2 W.
-template <int W, int N, class T>
-FK_INLINE void exchange_halves(typename VectorOf<T>::type (&v)[N]) {
-  for (int i = 0; i < N; ++i)
-    if (!(i & W)) exchange<W, N>(v[i], v[i + W], std::make_integer_sequence<int, N>{});
-  if constexpr (2 * W < N) exchange_halves<2 * W, N, T>(v);
-}
-#endif
-#endif
-
 // Transposes a kLanes x kLanes block.
 template <class T>
 FK_INLINE void transpose_block(const T* from, T* to) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
   constexpr int N = FK_VECTOR_BYTES / sizeof(T);
-  if constexpr (N >= 4) {
-    for (int bi = 0; bi < kLanes; bi += N)
-      for (int bj = 0; bj < kLanes; bj += N) {
-        typename VectorOf<T>::type v[N];
-        for (int i = 0; i < N; ++i) std::memcpy(&v[i], from + (bi + i) * kLanes + bj, sizeof(v[i]));
-        exchange_halves<1, N, T>(v);
-        for (int i = 0; i < N; ++i) std::memcpy(to + (bj + i) * kLanes + bi, &v[i], sizeof(v[i]));
-      }
-    return;
-  }
-#endif
-#endif
-  for (int i = 0; i < kLanes; ++i)
-    for (int j = 0; j < kLanes; ++j) to[j * kLanes + i] = from[i * kLanes + j];
+  for (int bi = 0; bi < kLanes; bi += N)
+    for (int bj = 0; bj < kLanes; bj += N)
+      transpose_square<N, T>([&](int i) { return from + (bi + i) * kLanes + bj; },
+                             [&](int i) { return to + (bj + i) * kLanes + bi; });
 }
 
 // `rows` rows of lanes of one tile into their chunks. Rows that fill up the last chunk and lanes beyond the last sample

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowkernels.nn.masked_linear import MaskedLinear
+from flowkernels.nn.masked_linear import MaskedLinear, mask_of
 from flowkernels.ops.maf.reference import ACTIVATION
 from flowkernels.plan import ACTIVATIONS, Plan
 
@@ -55,6 +56,9 @@ class MADE(nn.Module):
         activation: one of ``flowkernels.plan.ACTIVATIONS``.
         parameter_names: names of the P parameters, in their order.
 
+    Under ``torch.device("meta")`` it is built without memory; ``to_empty`` and ``load_state_dict``, which brings the
+    degrees too, make it work.
+
     Raises:
         ValueError: the argument, what it was and what it should be; degrees that let no information through are
             allowed.
@@ -94,22 +98,23 @@ class MADE(nn.Module):
         widths = (
             [hidden_features[0]] + [h for h in hidden_features for _ in range(2)] if residual else [*hidden_features]
         )
-        self.register_buffer("in_degrees", input_degrees(features, order))
-        layers = []
-        previous = self.in_degrees
-        for i, width in enumerate(widths):
-            now = _hidden_degrees(features, width, previous, degrees, i, context_features > 0, residual and i > 0)
-            layers.append(MaskedLinear(previous, now))
-            previous = now
-        out_degrees = self.in_degrees.repeat_interleave(params_per_feature)
-        layers.append(MaskedLinear(previous, out_degrees, strict=True))
+        # On the CPU, whatever the default device: they are read here, and on "meta" there would be nothing to read.
+        with torch.device("cpu"):
+            chain = [input_degrees(features, order)]
+            for i, width in enumerate(widths):
+                same = residual and i > 0
+                chain.append(_hidden_degrees(features, width, chain[-1], degrees, i, context_features > 0, same))
+            chain.append(chain[0].repeat_interleave(params_per_feature))
+        strict = [False] * len(widths) + [True]
+        self.register_buffer("in_degrees", torch.as_tensor(chain[0]).clone())
+        layers = [MaskedLinear(*ends, strict=s) for ends, s in zip(pairwise(chain), strict, strict=True)]
         self.layers = nn.ModuleList(layers)
         self.context_layers = nn.ModuleDict()
         if context_features:
             for i in self._context_indices():
                 self.context_layers[str(i)] = nn.Linear(context_features, layers[i].out_features, bias=False)
         # Built here and not when first needed: that may be inside a functorch transform or under torch.compile.
-        self.plan = self._make_plan()
+        self.plan = self._make_plan([mask_of(*ends, s) for ends, s in zip(pairwise(chain), strict, strict=True)])
         self.register_load_state_dict_post_hook(_plan_again)
 
     def _context_indices(self) -> tuple[int, ...]:
@@ -117,7 +122,7 @@ class MADE(nn.Module):
             return ()
         return (0, *range(1, len(self.layers) - 1, 2)) if self.residual else (0,)
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self, masks: Sequence[Tensor]) -> Plan:
         """The order in which units become final."""
         hidden = len(self.layers) - 1
         residual: list[int | None] = [None] * hidden
@@ -126,7 +131,7 @@ class MADE(nn.Module):
             residual[2::2] = list(range(0, hidden - 2, 2))
             activation[-1] = "identity"
         return Plan(
-            [layer.mask() for layer in self._masked_layers()],
+            masks,
             activation=activation,
             residual=residual,
             context=self._context_indices(),
@@ -190,7 +195,9 @@ class MADE(nn.Module):
 
 def _plan_again(module: MADE, _: Any) -> None:
     """Degrees are part of the state: other ones may just have been loaded."""
-    module.plan = module._make_plan()
+    masks = [layer.mask() for layer in module._masked_layers()]
+    if not any(mask.is_meta for mask in masks):  # nothing can be loaded into what has no data yet
+        module.plan = module._make_plan(masks)
 
 
 def _check_sizes(

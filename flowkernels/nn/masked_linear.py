@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from flowkernels.ops.masked_linear import masked_linear
 
 
+def mask_of(in_degrees: Tensor, out_degrees: Tensor, strict: bool) -> Tensor:
+    """(out, in) True where a weight exists."""
+    o, i = out_degrees[:, None], in_degrees[None, :]
+    return o > i if strict else o >= i
+
+
 class MaskedLinear(nn.Module):
     """``y = x (W M)^T + b`` with ``M[o, i] = in_degrees[i] <= out_degrees[o]``, ``<`` when `strict`.
 
@@ -42,8 +48,7 @@ class MaskedLinear(nn.Module):
 
     def mask(self) -> Tensor:
         """(out_features, in_features) True where a weight exists."""
-        o, i = self.out_degrees[:, None], self.in_degrees[None, :]
-        return o > i if self.strict else o >= i
+        return mask_of(self.in_degrees, self.out_degrees, self.strict)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""

@@ -209,6 +209,36 @@ def test_state_dict_brings_order_and_degrees(options: dict[str, Any]) -> None:
 
 
 @every_kind
+def test_built_on_meta_and_loaded(options: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    one = MADE(5, (8, 8), **options)
+    torch.manual_seed(2)
+    with torch.device("meta"):
+        made = MADE(5, (8, 8), **options)
+    own = [*made.parameters(), *made.buffers()]
+    assert len(own) == len(one.state_dict())
+    assert all(t.is_meta for t in own)
+    x = testing.random_tensor((4, 5))
+    context = testing.random_tensor((4, 3)) if one.context_features else None
+    assigned = copy.deepcopy(made)
+    assigned.load_state_dict(one.state_dict(), assign=True)
+    made.to_empty(device="cpu").load_state_dict(one.state_dict())
+    for again in (made, assigned):
+        assert all(torch.equal(a, b) for a, b in zip(again.plan.masks, one.plan.masks, strict=True))
+        testing.assert_same_bits(again(x, context), one(x, context))
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta")
+def test_what_is_still_on_meta_keeps_its_plan() -> None:
+    with torch.device("meta"):
+        made = MADE(5, (8, 8))
+    plan = made.plan
+    made.load_state_dict(MADE(5, (8, 8), order="reversed").state_dict())
+    assert made.plan is plan
+    assert made.in_degrees.is_meta
+
+
+@every_kind
 def test_pickle_deepcopy_and_torch_save(options: dict[str, Any]) -> None:
     made = MADE(5, (8, 8), **options)
     x = testing.random_tensor((4, 5))

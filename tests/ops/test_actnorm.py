@@ -18,7 +18,15 @@ from flowkernels.ops.actnorm.autograd import backward_op, forward_op
 
 every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 # channels, positions
-SIZES = {"vector": (5, 1), "image": (3, 16), "one_channel": (1, 7), "wide": (33, 1), "odd": (7, 5), "single": (1, 1)}
+SIZES = {
+    "vector": (5, 1),
+    "image": (3, 16),
+    "one_channel": (1, 7),
+    "wide": (33, 1),
+    "odd": (7, 5),
+    "single": (1, 1),
+    "large_image": (3, 75),
+}
 # None, a mask of positions, a mask of rows
 MASKS = ("none", "positions", "rows")
 

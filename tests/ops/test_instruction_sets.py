@@ -17,7 +17,7 @@ OPERATORS = sorted(path.stem.removeprefix("test_") for path in HERE.parent.glob(
 MORE = {
     "affine_coupling": ("test_masks", "test_half_precision", "test_extremes"),
     "maf": ("test_float", "test_batch_sizes", "test_many_blocks", "test_activations", "test_laws_and_forms"),
-    "masked_linear": ("test_degrees", "test_batch_sizes"),
+    "masked_linear": ("test_degrees", "test_batch_sizes", "test_widths", "test_narrow", "beyond"),
 }
 
 pytestmark = pytest.mark.skipif("cpu" not in fk.available_backends(), reason="needs the compiled library")

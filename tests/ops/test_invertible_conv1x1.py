@@ -63,6 +63,14 @@ def test_values_and_gradients(size: tuple[int, int], dtype: torch.dtype) -> None
         testing.check_against_reference(bound(inverse), inputs(events, *size, dtype))
 
 
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("channels", [3, 4, 12, 16, 17, 64, 70])
+def test_values_of_several_tiles(channels: int, positions: int) -> None:
+    for dtype in (torch.float64, torch.float32):
+        for inverse in (False, True):
+            testing.check_against_reference(bound(inverse), inputs((141,), channels, positions, dtype))
+
+
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(layout: str) -> None:
     for dtype in (torch.float64, torch.float32):

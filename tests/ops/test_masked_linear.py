@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from typing import Any
 
 import pytest
@@ -19,6 +22,8 @@ from flowkernels.plan import ACTIVATIONS
 SMOOTH = ("identity", "tanh", "elu", "silu", "gelu", "sigmoid", "softplus")
 
 every_dtype = pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+# The weight is read as it lies, and packed.
+few_and_many = pytest.mark.parametrize("rows", [7, 40])
 needs_cpu = pytest.mark.skipif("cpu" not in fk.available_backends(), reason="needs the compiled library")
 
 
@@ -63,11 +68,12 @@ def test_the_formula(backend: str) -> None:
 
 
 @every_dtype
+@few_and_many
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_values_and_gradients(activation: str | None, strict: bool, dtype: torch.dtype) -> None:
+def test_values_and_gradients(activation: str | None, strict: bool, rows: int, dtype: torch.dtype) -> None:
     call = bound(degrees(1, 21), degrees(2, 37), strict=strict, activation=activation)
-    testing.check_against_reference(call, inputs((19, 21), 37, dtype))
+    testing.check_against_reference(call, inputs((rows, 21), 37, dtype))
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
@@ -78,11 +84,38 @@ def test_shapes_and_layouts(shape: tuple[int, ...], layout: str) -> None:
         testing.check_against_reference(call, inputs(shape, 19, dtype, layout))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17, 100])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 100])
 def test_batch_sizes_without_a_bias(rows: int) -> None:
-    x, weight, _ = inputs((rows, 33), 50)
     call = bound(degrees(3, 33), degrees(4, 50), strict=True)
-    testing.check_against_reference(call, [x, weight, None])
+    for dtype in (torch.float64, torch.float32):
+        x, weight, _ = inputs((rows, 33), 50, dtype)
+        testing.check_against_reference(call, [x, weight, None])
+
+
+# Not expanded features: how a sum of 300 equal numbers rounds is a matter of the number of its parts.
+@pytest.mark.parametrize("layout", [layout for layout in testing.LAYOUTS if layout != "expanded_features"])
+@few_and_many
+@pytest.mark.parametrize("order", ["natural", "cyclic", "random"])
+def test_widths_of_several_blocks(order: str, rows: int, layout: str) -> None:
+    ins = {"natural": torch.arange(300), "cyclic": torch.arange(300) % 43, "random": degrees(1, 300, 400)}[order]
+    call = bound(ins, ins[torch.arange(0, 600, 3) % 300].flip(0)[:77] - 40)
+    for dtype in testing.DTYPES:
+        testing.check_against_reference(call, inputs((rows, 300), 77, dtype, layout))
+
+
+@few_and_many
+@pytest.mark.parametrize("width", range(1, 18))
+def test_narrow_weights(width: int, rows: int) -> None:
+    call = bound(degrees(1, width, 3), degrees(2, 5, 3))
+    for dtype in (torch.float64, torch.float32):
+        testing.check_against_reference(call, inputs((rows, width), 5, dtype))
+
+
+@few_and_many
+def test_strided_degrees(rows: int) -> None:
+    ins, outs = degrees(1, 42)[::2], degrees(2, 74)[::2]
+    given_inputs = inputs((rows, 21), 37)
+    testing.check_against_reference(bound(ins, outs), given_inputs)
 
 
 @pytest.mark.parametrize(
@@ -95,22 +128,24 @@ def test_batch_sizes_without_a_bias(rows: int) -> None:
         (torch.arange(40), torch.tensor([3])),
         (torch.tensor([3]), torch.arange(40)),
         (torch.tensor([-(2**62), 0, 2**62]), torch.tensor([2**62, -1, -(2**62)])),
+        (torch.tensor([-(2**31), 5, 2**31 - 1]), torch.tensor([2**31 - 1, 2**31 - 2, -(2**31) + 1, -(2**31)])),
         (torch.arange(5), torch.zeros(0).long()),
         (torch.arange(5, dtype=torch.int32), torch.arange(4, dtype=torch.uint8)),
     ],
-    ids=["all", "none", "triangle", "reversed", "one_out", "one_in", "huge", "no_outputs", "small_types"],
+    ids=["all", "none", "triangle", "reversed", "one_out", "one_in", "huge", "32_bits", "no_outputs", "small_types"],
 )
+@few_and_many
 @pytest.mark.parametrize("strict", [False, True])
-def test_degrees(ins: Tensor, outs: Tensor, strict: bool) -> None:
+def test_degrees(ins: Tensor, outs: Tensor, strict: bool, rows: int) -> None:
     for dtype in (torch.float64, torch.float32):
-        testing.check_against_reference(bound(ins, outs, strict=strict), inputs((18, len(ins)), len(outs), dtype))
+        testing.check_against_reference(bound(ins, outs, strict=strict), inputs((rows, len(ins)), len(outs), dtype))
 
 
 @settings(max_examples=60)
 @given(st.data())
 def test_any_call_is_as_close_as_plain_pytorch(data: st.DataObject) -> None:
     features, out = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 80))
-    shape = (*data.draw(st.lists(st.integers(0, 6), max_size=2)), features)
+    shape = (*data.draw(st.lists(st.integers(0, 9), max_size=2)), features)
     most = data.draw(st.integers(0, 20))
     call = bound(
         degrees(data.draw(st.integers(0, 99)), features, most),
@@ -123,8 +158,9 @@ def test_any_call_is_as_close_as_plain_pytorch(data: st.DataObject) -> None:
     testing.check_against_reference(call, [x, weight, bias if data.draw(st.booleans()) else None])
 
 
-def test_what_the_mask_hides_is_not_read_and_gets_no_gradient() -> None:
-    x, weight, bias = inputs((17, 21), 37)
+@few_and_many
+def test_what_the_mask_hides_is_not_read_and_gets_no_gradient(rows: int) -> None:
+    x, weight, bias = inputs((rows, 21), 37)
     ins, outs = degrees(1, 21), degrees(2, 37)
     hidden = ins[None, :] > outs[:, None]
     dirty = weight.clone()
@@ -226,20 +262,53 @@ def test_autocast(backend: str) -> None:
     assert [t.grad.dtype for t in leaves] == [torch.float32] * 3
 
 
-def test_same_bits_every_time_and_in_every_thread() -> None:
-    call = bound(degrees(1, 63), degrees(2, 90))
-    testing.check_deterministic(call, inputs((200, 63), 90, torch.float32))
+@pytest.mark.parametrize(("rows", "width"), [(200, 63), (4, 300)])
+def test_same_bits_every_time_and_in_every_thread(rows: int, width: int) -> None:
+    call = bound(degrees(1, width), degrees(2, 500))
+    testing.check_deterministic(call, inputs((rows, width), 500, torch.float32))
     if "cpu" in fk.available_backends():
-        testing.check_threads(call, inputs((200, 63), 90, torch.float32))
+        testing.check_threads(call, inputs((rows, width), 500, torch.float32))
 
 
-def test_nan_weights_flow_through() -> None:
-    x, weight, bias = inputs((17, 5), 6)
+@few_and_many
+def test_nan_weights_flow_through(rows: int) -> None:
+    x, weight, bias = inputs((rows, 5), 6)
     ins = outs = torch.zeros(6).long()
     weight[2, 3] = float("nan")
     y = masked_linear(x, weight, bias, in_degrees=ins[:5], out_degrees=outs)
     assert y[:, 2].isnan().all()
     assert y[:, [0, 1, 3, 4, 5]].isfinite().all()
+
+
+@few_and_many
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_wrong_with_one_sample_stays_with_it(bad: float, rows: int) -> None:
+    leaves = [t.requires_grad_() for t in inputs((rows, 21), 37, torch.float32)]
+    with torch.no_grad():
+        leaves[0][1] = bad
+    y = bound(degrees(1, 21), degrees(2, 37))(*leaves)
+    others = [i for i in range(rows) if i != 1]
+    assert y[others].isfinite().all()
+    y[others].square().sum().backward()
+    assert leaves[0].grad[others].isfinite().all()
+
+
+@needs_cpu
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.parametrize("shape", [(9, 21), (37, 1), (5, 130), (8, 48)])
+def test_nothing_is_read_beyond_the_weight(shape: tuple[int, int]) -> None:
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 4 * page)
+    numbers = torch.frombuffer(memory, dtype=torch.float32)
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(numbers.data_ptr() + 3 * page)
+    assert libc.mprotect(guard, page, 0) == 0  # PROT_NONE: whoever reads there dies
+    try:
+        weight = numbers[: 3 * page // 4][-shape[0] * shape[1] :].view(shape)
+        x = testing.random_tensor((3, shape[1]), torch.float32).requires_grad_()
+        bound(degrees(1, shape[1]), degrees(2, shape[0]))(x, weight).sum().backward()
+    finally:
+        assert libc.mprotect(guard, page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +189,55 @@ def test_quantizer_revives_dead_codes_and_rests_in_eval() -> None:
     quantizer(x)
     assert torch.equal(before, quantizer.codebook)
     assert torch.equal(quantizer.decode(quantizer.encode(x)), quantizer(x).quantized)
+
+
+def _batches(rank: int) -> list[Tensor]:
+    """Of different sizes, and from different places."""
+    return [
+        testing.random_tensor((40 + 20 * rank, 3), torch.float64, seed=10 * step + rank) + 3 * rank for step in range(4)
+    ]
+
+
+def _quantizers(synchronize: bool = True) -> dict[str, VectorQuantizer]:
+    torch.manual_seed(0)
+    kinds: dict[str, dict[str, Any]] = {"follows": {}, "revives": {"revive": 0.9}, "learns": {"decay": None}}
+    return {
+        kind: VectorQuantizer(50, 3, **{"decay": 0.5, **options}, synchronize=synchronize).double()
+        for kind, options in kinds.items()
+    }
+
+
+def _rank(rank: int, world: int, path: Path, queue: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    results = {}
+    for synchronize in (True, False):
+        for kind, quantizer in _quantizers(synchronize).items():
+            for x in _batches(rank):
+                quantizer(x)
+            results[kind, synchronize] = {name: t.tolist() for name, t in quantizer.state_dict().items()}
+    queue.put((rank, results))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_codes_follow_the_vectors_of_all_ranks(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_rank, args=(r, 2, tmp_path / "store", queue)) for r in range(2)]
+    for w in workers:
+        w.start()
+    ranks = [result for _, result in sorted((queue.get(timeout=120) for _ in workers), key=lambda r: r[0])]
+    for w in workers:
+        w.join()
+    alone = _quantizers()
+    for kind, quantizer in alone.items():
+        assert ranks[0][kind, True] == ranks[1][kind, True]
+        assert ranks[0][kind, False] != ranks[1][kind, False]
+        for batches in zip(_batches(0), _batches(1), strict=True):
+            quantizer(torch.cat(batches))
+        if kind != "revives":  # that draws
+            for name, expected in quantizer.state_dict().items():
+                torch.testing.assert_close(torch.tensor(ranks[0][kind, True][name], dtype=torch.float64), expected)
 
 
 GOOD, BOOK = torch.zeros(3, 4), torch.zeros(5, 4)

@@ -77,17 +77,23 @@ def actnorm(
 
     compute = torch.float32 if autocast else COMPUTE_DTYPE[x.dtype]
     result = compute if autocast else x.dtype
+    given: list[Any] = [x, shift, log_scale]
+    # What need not be converted is not: a call that does nothing costs as much as a small transform.
+    if autocast or x.dtype != compute:
+        given = [value.to(compute) for value in given]
+    flat = given[0] if x.dim() == 2 else given[0].reshape(rows, shape[-1])
     if logdet is not None:
         logdet = logdet.to(compute).reshape(rows)
-    flat: Any = x.to(compute).reshape(rows, shape[-1])
-    args = (flat, shift.to(compute), log_scale.to(compute), logdet, mask, inverse)
+    args = (flat, *given[1:], logdet, mask, inverse)
     if runs_reference(x):
         y, total = reference.actnorm(*args)
     elif needs_grad(*args[:4]):
         y, total = ActNorm.apply(*args)
     else:
         y, total = forward_op(*args)
-    return y.to(result).reshape(shape), total.reshape(shape[:-1])
+    if y.dtype != result:
+        y = y.to(result)
+    return (y, total) if x.dim() == 2 else (y.reshape(shape), total.reshape(shape[:-1]))
 
 
 def _mask(mask: Tensor, x: Tensor, positions: int, rows: int) -> Tensor:

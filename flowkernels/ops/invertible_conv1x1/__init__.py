@@ -89,15 +89,20 @@ def invertible_conv1x1(
     rows = math.prod(shape[:-1])
     compute = torch.float32 if autocast else COMPUTE_DTYPE[x.dtype]
     result = compute if autocast else x.dtype
+    given: list[Any] = [x, lower, upper, log_diagonal, sign.detach() if sign.requires_grad else sign]
+    # What need not be converted is not: a call that does nothing costs as much as a small product.
+    if autocast or x.dtype != compute:
+        given = [value.to(compute) for value in given]
+    flat = given[0] if x.dim() == 2 else given[0].reshape(rows, shape[-1])
     if logdet is not None:
         logdet = logdet.to(compute).reshape(rows)
-    flat: Any = x.to(compute).reshape(rows, shape[-1])
-    given = [value.to(compute) for value in (lower, upper, log_diagonal)]
-    args = (flat, *given, sign.detach().to(compute), permutation, logdet, inverse)
+    args = (flat, *given[1:], permutation, logdet, inverse)
     if runs_reference(x):
         y, total = reference.invertible_conv1x1(*args)
-    elif needs_grad(flat, *given, logdet):
+    elif needs_grad(flat, *given[1:4], logdet):
         y, total = InvertibleConv1x1.apply(*args)
     else:
         y, total = forward_op(*args)
-    return y.to(result).reshape(shape), total.reshape(shape[:-1])
+    if y.dtype != result:
+        y = y.to(result)
+    return (y, total) if x.dim() == 2 else (y.reshape(shape), total.reshape(shape[:-1]))

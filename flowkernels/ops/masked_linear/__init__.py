@@ -55,18 +55,25 @@ def masked_linear(
     check_choice("activation", activation or "identity", ACTIVATIONS)
     code = ACTIVATIONS.index(activation or "identity")
     plain = runs_reference(x, "masked_linear")
+    # What need not be converted is not: a call that does nothing costs as much as a small product.
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # Tensor cores take halves and add in float32; the other kernels get what they calculate in.
-    dtype = x.dtype if x.device.type == "cuda" and not plain else COMPUTE_DTYPE[x.dtype]
-    rows = x.to(dtype).reshape(-1, x.shape[-1])
-    weights, biases = weight.to(dtype), None if bias is None else bias.to(dtype)
-    in_degrees, out_degrees = in_degrees.long(), out_degrees.long()
+    dtype = x.dtype if x.is_cuda and not plain else COMPUTE_DTYPE[x.dtype]
+    if x.dtype != dtype:
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if in_degrees.dtype != torch.int64:
+        in_degrees = in_degrees.long()
+    if out_degrees.dtype != torch.int64:
+        out_degrees = out_degrees.long()
     if plain:
-        y = reference.masked_linear(rows, weights, biases, in_degrees, out_degrees, strict, code)
-    elif needs_grad(rows, weights, biases):
-        y = with_activation(MaskedLinear.apply(rows, weights, biases, in_degrees, out_degrees, strict), code)
+        y = reference.masked_linear(rows, weight, bias, in_degrees, out_degrees, strict, code)
+    elif needs_grad(rows, weight, bias):
+        y = with_activation(MaskedLinear.apply(rows, weight, bias, in_degrees, out_degrees, strict), code)
     else:
-        y = forward_op(rows, weights, biases, in_degrees, out_degrees, strict, code)
-    return y.reshape(*x.shape[:-1], len(out_degrees)).to(x.dtype)
+        y = forward_op(rows, weight, bias, in_degrees, out_degrees, strict, code)
+    if x.dim() != 2:
+        y = y.reshape(*x.shape[:-1], y.shape[1])
+    return y if x.dtype == dtype else y.to(x.dtype)
 
 
 def _check(x: Any, weight: Any, bias: Any, in_degrees: Any, out_degrees: Any) -> None:
@@ -82,9 +89,11 @@ def _check(x: Any, weight: Any, bias: Any, in_degrees: Any, out_degrees: Any) ->
             )
         if degrees.device != x.device:
             raise ValueError(f"{name} is on {degrees.device}, but x is on {x.device}: use one device")
+    outputs, inputs = out_degrees.shape[0], in_degrees.shape[0]
     check_float_tensor("weight", weight, like=x)
-    check_shape("weight", weight, (len(out_degrees), len(in_degrees)), "out_degrees by in_degrees")
-    check_shape("x", x, (*x.shape[:-1], len(in_degrees)), "in_degrees last")
+    check_shape("weight", weight, (outputs, inputs), "out_degrees by in_degrees")
+    if x.shape[-1] != inputs:
+        check_shape("x", x, (*x.shape[:-1], inputs), "in_degrees last")
     if bias is not None:
         check_float_tensor("bias", bias, like=x)
-        check_shape("bias", bias, (len(out_degrees),), "one per out_degree")
+        check_shape("bias", bias, (outputs,), "one per out_degree")

@@ -15,7 +15,7 @@ from flowkernels.ops._categorical import check_dim, rows_back, rows_of, shape_wi
 from flowkernels.ops.vector_quantize import reference
 from flowkernels.ops.vector_quantize.autograd import VectorQuantize, forward_op, nearest_op, sums_op
 
-__all__ = ["Quantized", "code_sums", "nearest_code", "vector_quantize", "vector_quantize_ema_"]
+__all__ = ["Quantized", "code_sums", "move_codes_", "nearest_code", "vector_quantize", "vector_quantize_ema_"]
 
 
 class Quantized(NamedTuple):
@@ -135,12 +135,27 @@ def vector_quantize_ema_(
 
     Source: van den Oord et al. 2017, appendix A.1.
     """
+    new_sums, new_counts = code_sums(x, index, codebook.shape[0])
+    move_codes_(codebook, counts, sums, new_counts, new_sums, decay=decay, epsilon=epsilon)
+
+
+@torch.no_grad()
+def move_codes_(
+    codebook: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    new_counts: Tensor,
+    new_sums: Tensor,
+    *,
+    decay: float = 0.99,
+    epsilon: float = 1e-5,
+) -> None:
+    """`vector_quantize_ema_` from the batch's `code_sums`, which the ranks of a distributed job add up in between."""
     if not 0 <= decay < 1:
         raise ValueError(f"decay must lie in [0, 1), got {decay}")
     codes = codebook.shape[0]
     check_shape("counts", counts, (codes,), "one per code")
     check_shape("sums", sums, tuple(codebook.shape), "the codebook's shape")
-    new_sums, new_counts = code_sums(x, index, codes)
     counts.mul_(decay).add_(new_counts, alpha=1 - decay)
     sums.mul_(decay).add_(new_sums, alpha=1 - decay)
     total = counts.sum()
