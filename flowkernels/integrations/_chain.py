@@ -69,24 +69,20 @@ class Run:
         self.networks: list[MadeNetwork] = []
         self.places: list[Places] = []
         order: Tensor | None = None
-        for child in children:
-            permutation = permutations.of(child)
+        found = [permutations.of(child) for child in children]
+        self.lengths = {len(permutation) for permutation in found if permutation is not None}
+        for child, permutation in zip(children, found, strict=True):
             if permutation is None:
                 self.networks.append(child.__dict__[STATE].data)
                 self.places.append(Places(order))
-            else:
+            elif len(self.lengths) == 1:  # others fit no input, and the peer says so
                 order = permutation.clone() if order is None else order[permutation]
         if order is not None and torch.equal(order, torch.arange(len(order))):
             order = None
         self.order, self.back = order, None if order is None else order.argsort()
 
     def __call__(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
-        if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_cpu:
-            return None
-        features = x.shape[1]
-        if (self.order is not None and len(self.order) != features) or any(
-            place.order is not None and len(place.order) != features for place in self.places
-        ):
+        if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_cpu or any(n != x.shape[1] for n in self.lengths):
             return None
         if inverse and self.back is not None:
             x = x.index_select(1, self.back)
@@ -123,36 +119,42 @@ class Permutations:
 
 
 class Cascade:
-    """The runs among a composite's children, found anew when the children change.
+    """The runs among the children in `owner`'s list of modules `name`, found anew when the children change.
 
     Raises:
         Left: `made` children, the autoregressive transforms, and permutations never follow one another.
     """
 
-    def __init__(self, children: dict[str, Any], made: tuple[type[nn.Module], ...], permutations: Permutations) -> None:
-        is_made = [isinstance(child, made) for child in children.values()]
-        fits = [m or permutations.of(child) is not None for m, child in zip(is_made, children.values(), strict=True)]
+    def __init__(
+        self, owner: nn.Module, name: str, made: tuple[type[nn.Module], ...], permutations: Permutations
+    ) -> None:
+        self.owner, self.name = owner, name
+        is_made = [isinstance(child, made) for child in self.children]
+        fits = [m or permutations.of(child) is not None for m, child in zip(is_made, self.children, strict=True)]
         if not any(all(fits[i : i + 2]) and any(is_made[i : i + 2]) for i in range(len(fits) - 1)):
             raise Left("no autoregressive transform or permutation follows another in it")
-        self.children, self.permutations = children, permutations
+        self.permutations = permutations
         self.seen: list[Any] = []
         self.parts: list[nn.Module | Run] = []
         self.hooks = Hooks([])
 
+    @property
+    def children(self) -> list[Any]:
+        """Those of now: a list of modules makes itself new tables when it loses one."""
+        return list(self.owner._modules[self.name]._modules.values())  # type: ignore[union-attr]
+
     def refresh(self) -> None:
         """Looks whether the children are what they were, and accelerated or not as they were."""
-        now = [
-            (child, type(child), child.__dict__.get(STATE), self.permutations.version(child))
-            for child in self.children.values()
-        ]
+        children = self.children
+        now = [(child, type(child), child.__dict__.get(STATE), self.permutations.version(child)) for child in children]
         if now != self.seen:
-            self.parts, self.hooks = self._find(), Hooks(list(self.children.values()))
+            self.parts, self.hooks = self._find(children), Hooks(children)
             self.seen = now
 
-    def _find(self) -> list[nn.Module | Run]:
+    def _find(self, children: list[Any]) -> list[nn.Module | Run]:
         parts: list[nn.Module | Run] = []
         run: list[nn.Module] = []
-        for child in (*self.children.values(), None):
+        for child in (*children, None):
             if child is not None and (_made(child) or self.permutations.of(child) is not None):
                 run.append(child)
                 continue

@@ -94,7 +94,7 @@ def adapters() -> list[Adapter]:
         raise Left("its only operation is an addition: nothing to fuse")
 
     def cascade(composite: Any) -> Cascade:
-        return Cascade(composite._transforms._modules, autoregressives, permutations)
+        return Cascade(composite, "_transforms", autoregressives, permutations)
 
     autoregressives = (
         autoregressive.MaskedAffineAutoregressiveTransform,

@@ -79,7 +79,7 @@ def adapters() -> list[Adapter]:
             neural_spline.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive,
         )
         shuffled = Permutations(frozenset((Permute,)), "perm", lambda child: child.mode == "shuffle")
-        return Cascade(model.flows._modules, made, shuffled)
+        return Cascade(model, "flows", made, shuffled)
 
     return [
         Adapter(

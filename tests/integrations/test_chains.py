@@ -174,6 +174,15 @@ def test_children_that_change(calls: list[int]) -> None:
     check([2], "one child more")
     del fast._transforms[0], peer._transforms[0]
     check([2], "one child less")
+    for m in (peer, fast):
+        m._transforms.append(copy.deepcopy(other))
+    fk.accelerate(fast)
+    check([2], "one more after one less")
+    whole = composite(*"rmm", seed=6)
+    for m in (peer, fast):
+        m._transforms = copy.deepcopy(whole._transforms)
+    fk.accelerate(fast)
+    check([2], "another list of children")
 
 
 def test_hooks_of_children_run() -> None:
@@ -210,6 +219,9 @@ def test_bad_input() -> None:
     ):
         assert_same_error(peer, fast, lambda m, x=x: m(x))
         assert_same_error(peer, fast, lambda m, x=x: m.inverse(x))
+    peer._transforms.insert(1, transforms.ReversePermutation(7))
+    fast._transforms.insert(1, transforms.ReversePermutation(7))
+    assert_same_error(peer, fast, lambda m: m(torch.randn(3, 5, dtype=torch.double)))
 
 
 def test_other_dtypes_and_transforms_of_functions() -> None:
