@@ -346,6 +346,7 @@ class Plan:
                 "parameters": self.parameters,
                 "layout": self.layout,
             },
+            self.order,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
@@ -376,8 +377,9 @@ def _canonical_rank(name: str) -> int:
     return CANONICAL.index(name) if name in CANONICAL else len(CANONICAL)
 
 
-def _rebuild(masks: Sequence[Tensor], options: dict[str, Any]) -> Plan:
-    return Plan(masks, **options)
+def _rebuild(masks: Sequence[Tensor], options: dict[str, Any], order: Tensor | None = None) -> Plan:
+    plan = Plan(masks, **options)
+    return plan if order is None else plan.on(order)
 
 
 def _up_to(time: Tensor, steps: int) -> Tensor:

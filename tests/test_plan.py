@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from random_plans import grouped_plan, inputs_of, made_plan, masks_of, named_plans, plans
+from random_plans import bound, grouped_plan, inputs_of, made_plan, masks_of, named_plans, plans
 from torch import Tensor
 
-from flowkernels import Plan, testing
+from flowkernels import Plan, available_backends, testing, use_backend
 from flowkernels.ops import maf_inverse
 
 PLANS = named_plans()
@@ -294,6 +294,31 @@ def test_a_pickled_plan_carries_no_weights() -> None:
     x, context, *parameters = inputs_of(plan, 2)
     maf_inverse(x, plan, parameters, context=context)
     assert len(pickle.dumps(plan)) == before
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_between_permutations(plan: Plan, inverse: bool, backend: str) -> None:
+    """A plan on an order does what permuting before it and back after it does."""
+    if backend not in available_backends():
+        pytest.skip("needs the compiled library")
+    order = torch.randperm(plan.features, generator=torch.Generator().manual_seed(1))
+    leaves = [None if t is None else t.requires_grad_() for t in inputs_of(plan, 20)]
+    x, *others = leaves
+    assert x is not None
+    wanted = [t for t in leaves if t is not None]
+
+    def with_gradients(y: Tensor, logdet: Tensor) -> list[Tensor]:
+        grads = torch.autograd.grad(y.square().sum() + logdet.sum(), wanted, allow_unused=True)
+        return [y, logdet, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted, strict=True))]
+
+    with use_backend(backend):
+        y, logdet = bound(plan, inverse=inverse)(x[:, order], *others)
+        expected = with_gradients(y[:, order.argsort()], logdet)
+        placed = plan.on(order)
+        for again in (placed, pickle.loads(pickle.dumps(placed)), copy.deepcopy(placed)):
+            torch.testing.assert_close(with_gradients(*bound(again, inverse=inverse)(x, *others)), expected)
 
 
 def test_repr_tells_the_sizes() -> None:
