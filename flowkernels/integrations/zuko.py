@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,28 +123,38 @@ class LazyComposed(Replaced):
         return made
 
 
+class _Runs:
+    """Before one of zuko's transforms: both directions and their log-dets by `_run`, or zuko's where it gives None."""
+
+    _run: Callable[[Any, bool], tuple[Tensor, Tensor] | None]
+
+    def _call(self, x: Tensor) -> Any:
+        done = self._run(x, False)
+        return super()._call(x) if done is None else done[0]  # type: ignore[misc]
+
+    def _inverse(self, y: Tensor) -> Any:
+        done = self._run(y, True)
+        return super()._inverse(y) if done is None else done[0]  # type: ignore[misc]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Any:
+        done = self._run(x, False)
+        return super().log_abs_det_jacobian(x, y) if done is None else done[1]  # type: ignore[misc]
+
+    def call_and_ladj(self, x: Tensor) -> Any:
+        done = self._run(x, False)
+        return super().call_and_ladj(x) if done is None else done  # type: ignore[misc]
+
+
 @functools.cache
 def _composed_classes() -> tuple[Any, Any]:
     from zuko.transforms import ComposedTransform
 
-    class Composed(ComposedTransform):  # type: ignore[misc]
+    class Composed(_Runs, ComposedTransform):  # type: ignore[misc]
         """Masked autoregressive transforms only: all of them in one call."""
 
         def _run(self, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
             parts = self.transforms
             return run_together(x, [t._network for t in parts], [t._context for t in parts], inverse)
-
-        def _call(self, x: Tensor) -> Any:
-            done = self._run(x, False)
-            return super()._call(x) if done is None else done[0]
-
-        def _inverse(self, y: Tensor) -> Any:
-            done = self._run(y, True)
-            return super()._inverse(y) if done is None else done[0]
-
-        def call_and_ladj(self, x: Tensor) -> Any:
-            done = self._run(x, False)
-            return super().call_and_ladj(x) if done is None else done
 
         @property
         def inv(self) -> Transform:
@@ -151,16 +162,11 @@ def _composed_classes() -> tuple[Any, Any]:
             made.__class__, made._forward = Inverse, self
             return made  # type: ignore[no-any-return]
 
-    class Inverse(ComposedTransform):  # type: ignore[misc]
+    class Inverse(_Runs, ComposedTransform):  # type: ignore[misc]
         _forward: Composed
 
-        def _call(self, y: Tensor) -> Any:
-            done = self._forward._run(y, True)
-            return super()._call(y) if done is None else done[0]
-
-        def call_and_ladj(self, y: Tensor) -> Any:
-            done = self._forward._run(y, True)
-            return super().call_and_ladj(y) if done is None else done
+        def _run(self, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+            return self._forward._run(x, not inverse)
 
     return _as(Composed, ComposedTransform), _as(Inverse, ComposedTransform)
 
@@ -239,38 +245,26 @@ class LazySpline(Replaced):
 def _spline_class() -> Any:
     from zuko.transforms import AutoregressiveTransform
 
-    class Autoregressive(AutoregressiveTransform):  # type: ignore[misc]
+    class Autoregressive(_Runs, AutoregressiveTransform):  # type: ignore[misc]
         """x_i -> spline(x_i; parameters of x_<i and c): zuko's network and passes, the spline by one operator."""
 
         def __init__(self, meta: Any, passes: int, network: SplineNetwork, context: Tensor | None) -> None:
             super().__init__(meta, passes)
             self._network, self._context = network, context
 
-        def _fits(self, x: Any) -> bool:
-            c = self._context
-            return takes(x, x if c is None else c) and x.dim() > 0 and (c is None or _spreads(c, x))
+        def _run(self, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+            if not _fits(x, self._context):
+                return None
+            if not inverse:
+                return self._at(x, x, False)
+            found, ladj = torch.zeros_like(x), x.new_zeros(x.shape[:-1])
+            for _ in range(self.passes):
+                found, ladj = self._at(x, found, True)
+            return found, ladj
 
-        def _run(self, x: Tensor, at: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        def _at(self, x: Tensor, at: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
             network = self._network
             return rq_spline(x, network.parameters(at, self._context), spline=network.univariate, inverse=inverse)
-
-        def _call(self, x: Tensor) -> Any:
-            return self._run(x, x, False)[0] if self._fits(x) else super()._call(x)
-
-        def _inverse(self, y: Tensor) -> Any:
-            return self._inverse_and_ladj(y)[0] if self._fits(y) else super()._inverse(y)
-
-        def _inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            x, ladj = torch.zeros_like(y), y.new_zeros(y.shape[:-1])
-            for _ in range(self.passes):
-                x, ladj = self._run(y, x, True)
-            return x, ladj
-
-        def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Any:
-            return self._run(x, x, False)[1] if self._fits(x) else super().log_abs_det_jacobian(x, y)
-
-        def call_and_ladj(self, x: Tensor) -> Any:
-            return self._run(x, x, False) if self._fits(x) else super().call_and_ladj(x)
 
     return _as(Autoregressive, AutoregressiveTransform)
 
@@ -290,7 +284,7 @@ class LazyCoupling(Replaced):
 def _coupling_class() -> Any:
     from zuko.transforms import CouplingTransform
 
-    class Coupling(CouplingTransform):  # type: ignore[misc]
+    class Coupling(_Runs, CouplingTransform):  # type: ignore[misc]
         """The transformed split, and for affine transforms the merge with the other one, by one operator."""
 
         def __init__(self, meta: Any, mask: Tensor, network: SplineNetwork, context: Tensor | None) -> None:
@@ -299,7 +293,7 @@ def _coupling_class() -> Any:
 
         def _run(self, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
             c = self._context
-            if not takes(x, x if c is None else c) or x.dim() < 1 or not (c is None or _spreads(c, x)):
+            if not _fits(x, c):
                 return None
             univariate = self._network.univariate
             theta = self._network.parameters(x[..., self.idx_a], c)
@@ -309,23 +303,12 @@ def _coupling_class() -> Any:
                 return self.merge(kept, moved, x.shape), ladj
             return affine_coupling(x, theta[..., 0], theta[..., 1], mask=self.idx_b, law=univariate, inverse=inverse)
 
-        def _call(self, x: Tensor) -> Any:
-            done = self._run(x, False)
-            return super()._call(x) if done is None else done[0]
-
-        def _inverse(self, y: Tensor) -> Any:
-            done = self._run(y, True)
-            return super()._inverse(y) if done is None else done[0]
-
-        def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Any:
-            done = self._run(x, False)
-            return super().log_abs_det_jacobian(x, y) if done is None else done[1]
-
-        def call_and_ladj(self, x: Tensor) -> Any:
-            done = self._run(x, False)
-            return super().call_and_ladj(x) if done is None else done
-
     return _as(Coupling, CouplingTransform)
+
+
+def _fits(x: Any, context: Any) -> bool:
+    """Whether the operators may run on features x with this context."""
+    return takes(x, x if context is None else context) and x.dim() > 0 and (context is None or _spreads(context, x))
 
 
 def _spreads(context: Tensor, x: Tensor) -> bool:
@@ -346,7 +329,7 @@ def _transform_class() -> Any:
     """Made when first needed: zuko is imported by then."""
     from zuko.transforms import AutoregressiveTransform
 
-    class Autoregressive(AutoregressiveTransform):  # type: ignore[misc]
+    class Autoregressive(_Runs, AutoregressiveTransform):  # type: ignore[misc]
         """z_i = sigma(x_<i, c) x_i + t(x_<i, c), both ways by one operator."""
 
         def __init__(self, meta: Any, passes: int, network: MaskedNetwork, context: Tensor | None) -> None:
@@ -357,22 +340,6 @@ def _transform_class() -> Any:
             if not self._network.ready():
                 return None
             return self._network.run(x, self._context, inverse, self._network.law)
-
-        def _call(self, x: Tensor) -> Any:
-            done = self._run(x, False)
-            return super()._call(x) if done is None else done[0]
-
-        def _inverse(self, y: Tensor) -> Any:
-            done = self._run(y, True)
-            return super()._inverse(y) if done is None else done[0]
-
-        def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Any:
-            done = self._run(x, False)
-            return super().log_abs_det_jacobian(x, y) if done is None else done[1]
-
-        def call_and_ladj(self, x: Tensor) -> Any:
-            done = self._run(x, False)
-            return super().call_and_ladj(x) if done is None else done
 
         @property
         def inv(self) -> Transform:
