@@ -20,10 +20,16 @@ FK_INLINE double to_compute(double v) { return v; }
 FK_INLINE float to_compute(bfloat16 v) { return math::bits_float(std::uint32_t{v.bits} << 16); }
 
 FK_INLINE float to_compute(float16 v) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(v.bits));
+  return value;
+#else
   const std::uint32_t magnitude = std::uint32_t{v.bits} & 0x7fffu, sign = (std::uint32_t{v.bits} & 0x8000u) << 16;
   // The fields moved into place are the value times 2^-112; multiplying also normalises the subnormals.
   const std::uint32_t finite = math::float_bits(math::bits_float(magnitude << 13) * math::bits_float(0x77800000u));
   return math::bits_float(sign | (magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : finite));
+#endif
 }
 
 template <class S, class T>

@@ -20,9 +20,9 @@ __device__ void run_tiles(const MafDeviceCall<T>& call) {
   __shared__ BlockMeta metas[kMetas];
   read_device_net<T, Backward, Spline>(call, net);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t tiles = (call.samples + S - 1) / S;
-  for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-    const DeviceTile<T, Backward, Spline> tile{call, net, t * S, thread, thread / kWarp, thread % kWarp};
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * S; first < call.samples;
+       first += static_cast<int64_t>(gridDim.x) * S) {
+    const DeviceTile<T, Backward, Spline> tile{call, net, first, thread, thread / kWarp, thread % kWarp};
     T logdet = T(0);
     if (!call.sweep) tile.enter();
     tile.first_units();
@@ -40,14 +40,15 @@ __device__ void run_tiles(const MafDeviceCall<T>& call) {
   }
 }
 
+// The call is a __grid_constant__: otherwise a reference to part of it has every thread copy the whole to its stack.
 template <class T, bool Backward>
-__global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(const MafDeviceCall<T> call) {
+__global__ void __launch_bounds__(kTileThreads<T>, 1) maf_kernel(__grid_constant__ const MafDeviceCall<T> call) {
   run_tiles<T, Backward, false>(call);
 }
 
 // A kernel of its own: the bins of a feature take a stack frame and registers that the affine chain must not pay for.
 template <class T, bool Backward>
-__global__ void __launch_bounds__(kTileThreads<T>, 1) maf_spline_kernel(const MafDeviceCall<T> call) {
+__global__ void __launch_bounds__(kTileThreads<T>, 1) maf_spline_kernel(__grid_constant__ const MafDeviceCall<T> call) {
   run_tiles<T, Backward, true>(call);
 }
 
@@ -68,7 +69,7 @@ Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>
   Tensor packed = new_empty(parameters[0], {size});
   std::vector<Tensor> contiguous;
   for (const Tensor& p : parameters) contiguous.push_back(torch::stable::contiguous(p));
-  dispatch_float(parameters[0], [&]<class T>() {
+  dispatch_storage(parameters[0], [&]<class T, class>() {
     PackCall<T> call{};
     call.table = table_of(table);
     call.packed = static_cast<T*>(packed.mutable_data_ptr());
@@ -110,6 +111,18 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
          call);
 }
 
+template <class T>
+Weights<T> weights_of(const Tensor& packed) {
+  switch (packed.scalar_type()) {
+    case ScalarType::Half:
+      return {packed.const_data_ptr(), Stored::float16};
+    case ScalarType::BFloat16:
+      return {packed.const_data_ptr(), Stored::bfloat16};
+    default:
+      return {packed.const_data_ptr(), Stored::whole};
+  }
+}
+
 // The transform as flowkernels/transforms.py names it: laws count from 0, then come the splines; always six numbers.
 template <class T>
 void bind_transform(MafDeviceCall<T>& call, int64_t law, const std::vector<double>& numbers, int64_t form) {
@@ -138,7 +151,7 @@ std::tuple<Tensor, Tensor> maf(const Tensor& input, const std::optional<Tensor>&
   dispatch_float(in, [&]<class T>() {
     MafDeviceCall<T> call{};
     call.table = table_of(table);
-    call.packed = static_cast<const T*>(packed.const_data_ptr());
+    call.packed = weights_of<T>(packed);
     call.samples = samples;
     call.stride = kept_stride(samples);
     call.input = static_cast<const T*>(in.const_data_ptr());
@@ -177,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> maf_backward(const Tensor& grad_output, const
     MafDeviceCall<T> call{};
     call.table = table_of(table_back);
     call.other = table_of(table);
-    call.packed = static_cast<const T*>(packed_back.const_data_ptr());
+    call.packed = weights_of<T>(packed_back);
     call.samples = samples;
     call.stride = stride;
     call.grad_output = static_cast<const T*>(grad_out.const_data_ptr());

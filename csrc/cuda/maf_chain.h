@@ -7,6 +7,12 @@
 //           and a unit that becomes final is broadcast by a shuffle and multiplied into all rows that need it.
 //           Meanwhile the other half of the warps computes the products of the next block with everything that was
 //           final before this one: the bulk of the arithmetic, hidden behind the chain.
+//   settle  the same warp stores what the chain has left in its registers, all rows at once
+//
+// A warp issues in order and waits for what it has just asked for, so that a step takes as long as all its instructions
+// one after the other. Nothing is done in it that can be done before or after: indices come as metadata that a helping
+// warp wrote, weights are loaded before the value that they are multiplied by is known, and stores, log-dets and what
+// the gradients need wait for `settle`, which works every feature and unit out once more, 32 at a time.
 #pragma once
 #include "cuda/maf_tile.h"
 
@@ -15,19 +21,22 @@ namespace fk {
 // What the warps have to know about one block of steps.
 struct BlockMeta {
   int block, steps, panels, tasks;
-  int row0[kChainLayers], rows[kChainLayers], column0[kChainLayers], columns[kChainLayers], diagonal[kChainLayers];
+  int row0[kChainLayers], rows[kChainLayers], column0[kChainLayers], columns[kChainLayers];
   int64_t offset[kMaxBlockPanels];
   int height[kMaxBlockPanels], depth[kMaxBlockPanels], far[kMaxBlockPanels], slot[kMaxBlockPanels],
       slots[kMaxBlockPanels];
   short task_panel[kSlots];
   int task_from[kSlots], task_to[kSlots];
   unsigned char up_to[kChainLayers][kBlockRows + 1];
+  signed char source[kChainLayers][kBlockRows];  // the row of this block that a residual connection adds, or one of
 };
+inline constexpr signed char kNoSource = -1, kEarlier = -2;
+static_assert(kBlockRows / 2 <= kWarp, "a lane has one feature at most, which has two parameters");
 
 template <class T, bool Backward>
 struct ChainTile : DeviceTile<T, Backward, false> {
   using Tile = DeviceTile<T, Backward, false>;
-  using Tile::is_sample, Tile::begin_of, Tile::keep, Tile::load_backward, Tile::forward_perm;
+  using Tile::is_sample, Tile::begin_of, Tile::keep, Tile::load_backward;
   using Tile::S, Tile::call, Tile::net, Tile::first, Tile::thread, Tile::warp, Tile::lane;
 
   // One warp writes down what block b needs.
@@ -41,11 +50,19 @@ struct ChainTile : DeviceTile<T, Backward, false> {
       meta.rows[lane] = static_cast<int>(layer.up_to[end] - layer.up_to[begin]);
       meta.column0[lane] = static_cast<int>(layer.columns_up_to[begin]);
       meta.columns[lane] = static_cast<int>(layer.columns_up_to[end] - layer.columns_up_to[begin]);
-      meta.diagonal[lane] = lane * kBlockRows * kBlockRows;
     }
     for (int i = lane; i < net.layers * (end - begin + 1); i += kWarp) {
       const int l = i % net.layers, s = i / net.layers;
       meta.up_to[l][s] = static_cast<unsigned char>(net.layer[l].up_to[begin + s] - net.layer[l].up_to[begin]);
+    }
+    for (int l = 0; l < net.layers; ++l) {
+      const DeviceLayer<T>& layer = net.layer[l];
+      if (layer.residual < 0) continue;
+      const int64_t* up_to = net.layer[layer.residual].up_to;
+      for (int r = lane; r < layer.up_to[end] - layer.up_to[begin]; r += kWarp) {
+        const int64_t row = layer.residual_row[layer.up_to[begin] + r], in_block = row - up_to[begin];
+        meta.source[l][r] = static_cast<signed char>(row < 0 ? kNoSource : in_block < 0 ? kEarlier : in_block);
+      }
     }
     // Lane p: panel p % 3 of layer p / 3.
     const int l = lane / kPanelsPerLayer, i = lane % kPanelsPerLayer;
@@ -98,7 +115,7 @@ struct ChainTile : DeviceTile<T, Backward, false> {
   }
 
   __device__ void partial(const BlockMeta& meta, int p, int from, int to, int slot) const {
-    panel_product(call.packed + meta.offset[p], meta.height[p], net.layer[p / kPanelsPerLayer].columns, from, to,
+    panel_product(call.packed, meta.offset[p], meta.height[p], net.layer[p / kPanelsPerLayer].columns, from, to,
                   net.part + slot * kPanelRows * S, meta.height[p]);
   }
 
@@ -107,16 +124,16 @@ struct ChainTile : DeviceTile<T, Backward, false> {
       if (meta.height[p]) partial(meta, p, meta.far[p], meta.depth[p], p);
     // The weights inside the block, [column][row]; what a panel does not store is zero.
     for (int l = 0; l < net.layers; ++l) {
-      const int rows = meta.rows[l], columns = meta.columns[l], column0 = meta.column0[l];
-      T* to = net.diagonal + meta.diagonal[l];
+      const int column0 = meta.column0[l];
+      T* to = shared_memory<T>() + net.diagonal + l * kBlockRows * kBlockRows;
       const DeviceLayer<T>& layer = net.layer[l];
-      for (int i = thread; i < rows * columns; i += kTileThreads<T>) {
-        const int c = i / rows, row = i % rows, p = l * kPanelsPerLayer + row / kPanelRows;
-        const Panel& panel = layer.panel[layer.group[meta.block + 1] + row / kPanelRows];
+      for (int i = thread; i < meta.columns[l] * kBlockRows; i += kTileThreads<T>) {
+        const int c = i / kBlockRows, row = i % kBlockRows, p = l * kPanelsPerLayer + row / kPanelRows;
+        const bool stored = row % kPanelRows < meta.height[p] &&
+                            column0 + c < layer.panel[layer.group[meta.block + 1] + row / kPanelRows].depth;
         to[i] =
-            column0 + c < panel.depth
-                ? call.packed[meta.offset[p] + static_cast<int64_t>(column0 + c) * meta.height[p] + row % kPanelRows]
-                : T(0);
+            stored ? call.packed[meta.offset[p] + static_cast<int64_t>(column0 + c) * meta.height[p] + row % kPanelRows]
+                   : T(0);
       }
     }
   }
@@ -128,10 +145,10 @@ struct ChainTile : DeviceTile<T, Backward, false> {
         T v = begin_of(net.layer[l], meta.row0[l] + row, s);
         for (int k = 0; k < meta.slots[p]; ++k) v += net.part[((meta.slot[p] + k) * kPanelRows + in_panel) * S + s];
         v += net.part[(p * kPanelRows + in_panel) * S + s];
-        net.acc[(l * S + s) * kAccStride + row] = v;
+        shared_memory<T>()[net.acc + (l * S + s) * kAccStride + row] = v;
         if constexpr (Backward)
           if (l < net.layers - 1)
-            net.slope[(l * S + s) * kAccStride + row] = slope_by_name(
+            shared_memory<T>()[net.slope + (l * S + s) * kAccStride + row] = slope_by_name(
                 net.layer[l].activation,
                 is_sample(s) ? call.saved_in[(net.layer[l].kept_slope - meta.row0[l] - row) * call.stride + first + s]
                              : T(0));
@@ -147,124 +164,176 @@ struct ChainTile : DeviceTile<T, Backward, false> {
     return __shfl_sync(kAllLanes, row < kWarp ? rows[0] : rows[1], row % kWarp);
   }
 
-  // rows += weights of one column times a.
-  __device__ void multiply_in(T (&rows)[2], const T* weights, int count, T a) const {
-    if (lane < count) rows[0] += weights[lane] * a;
-    if (lane + kWarp < count) rows[1] += weights[lane + kWarp] * a;
+  // Each lane asks for a row of its own.
+  __device__ static T gather(const T (&rows)[2], int row) {
+    const T low = __shfl_sync(kAllLanes, rows[0], row % kWarp), high = __shfl_sync(kAllLanes, rows[1], row % kWarp);
+    return row < kWarp ? low : high;
+  }
+
+  __device__ void put(T (&rows)[2], int row, T v) const {
+    if (lane == row) rows[0] = v;
+    if (lane + kWarp == row) rows[1] = v;
+  }
+
+  // A lane's weights of one column, loaded before there is anything to multiply them by.
+  struct Column {
+    T weight[2];
+    __device__ Column(const T* mine, int lane) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) weight[j] = lane + j * kWarp < kBlockRows ? mine[j * kWarp] : T(0);
+    }
+    // Rows that are final have weights of zero, and stay what they are whatever comes after them, infinities too.
+    __device__ void multiply_in(T (&rows)[2], T a) const {
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (weight[j] != T(0)) rows[j] += weight[j] * a;
+    }
+  };
+
+  // What one lane of a sample's warp holds: rows of the hidden layers, rows of the last layer, and one feature of the
+  // block with what it needs from memory.
+  struct Registers {
+    T hidden[kChainLayers - 1][2], last[2];
+    T z;                                     // forwards
+    typename Tile::BackwardFeature feature;  // backwards
+    T grad_logdet;
+    const T *diagonal, *slope;  // in shared memory
+  };
+
+  __device__ T& acc_of(int l, int row) const { return shared_memory<T>()[net.acc + (l * S + warp) * kAccStride + row]; }
+  __device__ static int features_of(int rows) { return Backward ? rows : rows / 2; }
+
+  __device__ Registers load(const BlockMeta& meta) const {
+    Registers r;
+    const int last = net.layers - 1;
+    r.diagonal = shared_memory<T>() + net.diagonal + lane;
+    r.slope = shared_memory<T>() + net.slope + warp * kAccStride;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = lane + j * kWarp;
+#pragma unroll
+      for (int l = 0; l < kChainLayers - 1; ++l)
+        r.hidden[l][j] = l < last && row < meta.rows[l] ? acc_of(l, row) : T(0);
+      r.last[j] = row < meta.rows[last] ? acc_of(last, row) : T(0);
+    }
+    const bool has_feature = lane < features_of(meta.rows[last]);
+    const int feature = features_of(meta.row0[last]) + lane;
+    if constexpr (Backward) {
+      r.feature = has_feature ? load_backward(feature, warp) : typename Tile::BackwardFeature{};
+      r.grad_logdet = call.grad_logdet[first + warp];
+    } else {
+      r.z = has_feature ? call.input[(first + warp) * net.features + net.data_perm[feature]] : T(0);
+    }
+    return r;
+  }
+
+  __device__ Transformed<T> transform(T z, T shift, T u) const { return affine_by_name(call.affine, z, shift, u); }
+  __device__ AffineGradient<T> gradient(const typename Tile::BackwardFeature& b, T through, T grad_logdet) const {
+    return affine_backward_by_name(call.affine, b.grad_output + through, grad_logdet, b.z, b.shift, b.u);
+  }
+
+  // Column c of what layer l reads inside the block.
+  __device__ Column column(const Registers& r, int l, int c) const {
+    return {r.diagonal + (l * kBlockRows + c) * kBlockRows, lane};
+  }
+  __device__ static void multiply_in(Registers& r, int l, int last, const Column& column, T a) {
+    if (l == last)
+      column.multiply_in(r.last, a);
+    else if (l < kChainLayers - 1)
+      column.multiply_in(r.hidden[l], a);
+  }
+
+  // What a residual connection adds to a row of layer l.
+  __device__ T residual(const Registers& r, const BlockMeta& meta, int l, int row) const {
+    const DeviceLayer<T>& layer = net.layer[l];
+    const int source = meta.source[l][row];
+    T v = T(0);
+    if (source == kEarlier) {
+      const DeviceLayer<T>& from = net.layer[layer.residual];
+      v = (Backward ? from.out : from.before)[layer.residual_row[meta.row0[l] + row] * S + warp];
+    } else if (source != kNoSource) {
+#pragma unroll
+      for (int earlier = 0; earlier < l; ++earlier)
+        if (earlier == layer.residual) v = pick(r.hidden[earlier], source);
+    }
+    return v;
   }
 
   // The steps of a block for sample s = warp. Every lane works out every final value itself: a broadcast costs more.
   __device__ void chain(const BlockMeta& meta, T& logdet) const {
-    const int s = warp, last = net.layers - 1;
-    T rows[kChainLayers][2];
+    const int last = net.layers - 1;
+    Registers r = load(meta);
+    Activation activation[kChainLayers - 1];
+    bool has_residual[kChainLayers - 1];
 #pragma unroll
-    for (int l = 0; l < kChainLayers; ++l) {
-      if (l > last) break;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int row = lane + j * kWarp;
-        const bool mine = row < meta.rows[l];
-        rows[l][j] = mine ? net.acc[(l * S + s) * kAccStride + row] : T(0);
-      }
+    for (int l = 0; l < kChainLayers - 1; ++l) {
+      activation[l] = l < last ? net.layer[l].activation : Activation::identity;
+      has_residual[l] = l < last && net.layer[l].residual >= 0;
     }
-    // What the features of the block need from memory, one or two features to a lane.
-    constexpr int per = Backward ? 1 : 2;  // output rows of a feature
-    T values[4][2];
-    const int feature0 = meta.row0[last] / per, features = meta.rows[last] / per;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int f = lane + j * kWarp;
-      if constexpr (Backward) {
-        typename Tile::BackwardFeature b{T(0), T(0), T(0), T(0)};
-        if (f < features) b = load_backward(feature0 + f, s);
-        values[0][j] = b.grad_output;
-        values[1][j] = b.z;
-        values[2][j] = b.shift;
-        values[3][j] = b.u;
-      } else {
-        values[0][j] = f < features ? call.input[(first + s) * net.features + net.input_perm[feature0 + f]] : T(0);
-      }
-    }
-    const T grad_logdet = Backward ? call.grad_logdet[first + s] : T(0);
-
     for (int step = 0; step < meta.steps; ++step) {
-      const int f1 = meta.up_to[last][step + 1] / per;
-      for (int f = meta.up_to[last][step] / per; f < f1; ++f) {
-        T out[2] = {};
-#pragma unroll
-        for (int l = 0; l < kChainLayers; ++l)
-          if (l == last) {
-            out[0] = pick(rows[l], f * per);
-            if constexpr (!Backward) out[1] = pick(rows[l], f * per + 1);
-          }
-        const T* weights = net.diagonal + meta.diagonal[0];
-        const int count = meta.rows[0];
+      const int f1 = features_of(meta.up_to[last][step + 1]);
+      for (int f = features_of(meta.up_to[last][step]); f < f1; ++f) {
         if constexpr (Backward) {
-          const typename Tile::BackwardFeature b{pick(values[0], f), pick(values[1], f), pick(values[2], f),
-                                                 pick(values[3], f)};
-          const AffineGradient<T> g =
-              affine_backward_by_name(call.affine, b.grad_output + out[0], grad_logdet, b.z, b.shift, b.u);
-          const int r = feature0 + f;
-          if (lane == 0) {
-            net.state_in[static_cast<int64_t>(2 * r) * S + s] = g.u;
-            net.state_in[static_cast<int64_t>(2 * r + 1) * S + s] = g.shift;
-            keep(call.grads, 2 * r, s, g.u);
-            keep(call.grads, 2 * r + 1, s, g.shift);
-            call.grad_input[(first + s) * net.features + forward_perm(net.features - 1 - r)] = g.x;
-          }
-          multiply_in(rows[0], weights + 2 * f * count, count, g.u);
-          multiply_in(rows[0], weights + (2 * f + 1) * count, count, g.shift);
+          const Column of_u = column(r, 0, 2 * f), of_shift = column(r, 0, 2 * f + 1);
+          const auto from_f = [&](T v) { return __shfl_sync(kAllLanes, v, f); };
+          const AffineGradient<T> g = gradient(
+              {from_f(r.feature.grad_output), from_f(r.feature.z), from_f(r.feature.shift), from_f(r.feature.u)},
+              pick(r.last, f), r.grad_logdet);
+          multiply_in(r, 0, last, of_u, g.u);
+          multiply_in(r, 0, last, of_shift, g.shift);
         } else {
-          const T z = pick(values[0], f);
-          const Transformed<T> t = affine_by_name(call.affine, z, out[0], out[1]);
-          if (lane == 0) {
-            const int feature = feature0 + f;
-            logdet += t.logdet;
-            net.state_in[static_cast<int64_t>(feature) * S + s] = t.y;
-            call.output[(first + s) * net.features + net.input_perm[feature]] = t.y;
-            keep(call.saved, feature, s, t.y);
-            keep(call.saved, net.kept_noise + feature, s, z);
-            keep(call.saved, net.layer[last].kept_output + 2 * feature, s, out[0]);
-            keep(call.saved, net.layer[last].kept_output + 2 * feature + 1, s, out[1]);
-          }
-          multiply_in(rows[0], weights + f * count, count, t.y);
+          const Column of_y = column(r, 0, f);
+          const T z = __shfl_sync(kAllLanes, r.z, f);
+          multiply_in(r, 0, last, of_y, transform(z, pick(r.last, 2 * f), pick(r.last, 2 * f + 1)).y);
         }
       }
 #pragma unroll
       for (int l = 0; l < kChainLayers - 1; ++l) {
-        if (l >= last) break;
-        const DeviceLayer<T>& layer = net.layer[l];
-        const T* weights = net.diagonal + meta.diagonal[l + 1];
-        const int count = meta.rows[l + 1], end = meta.up_to[l][step + 1];
-        for (int r = meta.up_to[l][step]; r < end; ++r) {
-          const int row = meta.row0[l] + r;
-          T a = pick(rows[l], r);
-          if constexpr (Backward) a *= net.slope[(l * S + s) * kAccStride + r];
-          if (layer.residual >= 0) {
-            __syncwarp();  // lane 0 has written what is read here
-            const int64_t source = layer.residual_row[row];
-            if (source >= 0)
-              a += (Backward ? net.layer[layer.residual].out : net.layer[layer.residual].before)[source * S + s];
-          }
-          if constexpr (Backward) {
-            if (lane == 0) {
-              layer.out[static_cast<int64_t>(row) * S + s] = a;
-              keep(call.grads, layer.kept_output + row, s, a);
-            }
-          } else {
-            const T v = a;
-            a = activate_by_name(layer.activation, v);
-            if (lane == 0) {
-              if (layer.before) layer.before[static_cast<int64_t>(row) * S + s] = v;
-              layer.out[static_cast<int64_t>(row) * S + s] = a;
-              keep(call.saved, layer.kept_output + row, s, a);
-              if (layer.kept_slope >= 0) keep(call.saved, layer.kept_slope + row, s, v);
-            }
-          }
-          multiply_in(rows[l + 1], weights + r * count, count, a);
+        const int end = l < last ? meta.up_to[l][step + 1] : 0;
+        for (int row = l < last ? meta.up_to[l][step] : 0; row < end; ++row) {
+          const Column of_a = column(r, l + 1, row);
+          T a = pick(r.hidden[l], row);
+          if constexpr (Backward) a *= r.slope[l * S * kAccStride + row];
+          if (has_residual[l]) a += residual(r, meta, l, row);
+          if (Backward || has_residual[l]) put(r.hidden[l], row, a);
+          multiply_in(r, l + 1, last, of_a, Backward ? a : activate_by_name(activation[l], a));
         }
       }
     }
+    settle(meta, r, logdet);
+  }
+
+  __device__ void settle(const BlockMeta& meta, const Registers& r, T& logdet) const {
+    const int last = net.layers - 1, feature = features_of(meta.row0[last]) + lane;
+    const bool has_feature = lane < features_of(meta.rows[last]);
+    if constexpr (Backward) {
+      const AffineGradient<T> g = gradient(r.feature, r.last[0], r.grad_logdet);
+      if (has_feature) {
+        net.state_in[static_cast<int64_t>(2 * feature) * S + warp] = g.u;
+        net.state_in[static_cast<int64_t>(2 * feature + 1) * S + warp] = g.shift;
+        this->store_gradients(feature, warp, g.x);
+      }
+    } else {
+      const T shift = gather(r.last, 2 * lane), u = gather(r.last, 2 * lane + 1);
+      const Transformed<T> t = transform(r.z, shift, u);
+      if (has_feature) {
+        logdet += t.logdet;
+        this->store_feature(feature, warp, r.z, t.y);
+        keep(call.saved, net.layer[last].kept_output + 2 * feature, warp, shift);
+        keep(call.saved, net.layer[last].kept_output + 2 * feature + 1, warp, u);
+      }
+    }
+#pragma unroll
+    for (int l = 0; l < kChainLayers - 1; ++l)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (l < last && lane + j * kWarp < kAccStride) acc_of(l, lane + j * kWarp) = r.hidden[l][j];
+    __syncwarp();
+#pragma unroll 1
+    for (int l = 0; l < last; ++l)
+#pragma unroll 1
+      for (int row = lane; row < meta.rows[l]; row += kWarp)
+        this->store_unit(l, meta.row0[l] + row, warp, acc_of(l, row));
   }
 
   __device__ void sweep(BlockMeta* metas, T& logdet) const {

@@ -1,6 +1,7 @@
 // What the autoregressive kernels are called with, and the net as a thread block sees it.
 #pragma once
 #include "common/affine_by_name.h"
+#include "common/half.h"
 #include "common/net.h"
 #include "common/rq_spline.h"
 #include "cuda/launch.h"
@@ -26,11 +27,33 @@ inline constexpr int kTileThreads = 2 * kSamples<T> * kWarp;
 template <class T, bool Backward>
 inline constexpr int kChainLayerSize = (Backward ? 2 : 1) * kAccStride * kSamples<T> + kBlockRows * kBlockRows;
 
+// Packed weights, which may be of half the size of what is calculated with.
+enum class Stored : int { whole, float16, bfloat16 };
+
+template <class T>
+struct Weights {
+  const void* data;
+  Stored stored;
+
+  // Calls f with a pointer to weight i, of the type that it is stored in.
+  template <class F>
+  __device__ auto visit(int64_t i, F&& f) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (stored == Stored::float16) return f(static_cast<const float16*>(data) + i);
+      if (stored == Stored::bfloat16) return f(static_cast<const bfloat16*>(data) + i);
+    }
+    return f(static_cast<const T*>(data) + i);
+  }
+  __device__ T operator[](int64_t i) const {
+    return visit(i, [](auto* weight) -> T { return to_compute(*weight); });
+  }
+};
+
 template <class T>
 struct MafDeviceCall {
   const int64_t* table;  // of the net that runs
   const int64_t* other;  // backwards: of the forward net, for where things were kept
-  const T* packed;
+  Weights<T> packed;
   NamedAffine<T> affine;
   SplineOptions<T> spline;
   int64_t samples, stride;  // stride: samples per kept row
@@ -68,12 +91,13 @@ struct DeviceLayer {
 template <class T>
 struct DeviceNet {
   int steps, layers, blocks, inputs, features, parameters, context_width;
-  const int64_t *input_perm, *input_up_to, *block;
+  const int64_t *data_perm, *input_up_to, *block;
   int64_t kept_parameters;  // backwards: first kept row of the forward net's parameters
   int64_t kept_noise;       // first kept row of z, kept by the sampling direction
   bool chain;               // every block fits the chain
   T* state_in;
-  T *part, *acc, *slope, *diagonal;
+  T* part;
+  int acc, slope, diagonal;  // where the chain's buffers begin in shared memory: loads need no pointer from there
   DeviceLayer<T> layer[kMaxDeviceLayers];
 };
 
@@ -93,7 +117,7 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
     net.layers = static_cast<int>(table[1]);
     net.blocks = static_cast<int>(table[2]);
     net.inputs = static_cast<int>(table[3]);
-    net.input_perm = table + table[5];
+    net.data_perm = table + table[12];
     net.input_up_to = table + table[6];
     net.block = table + table[7];
     net.features = static_cast<int>(table[8]);
@@ -148,7 +172,7 @@ __device__ void read_device_net(const MafDeviceCall<T>& call, DeviceNet<T>& net)
     T* end = memory + room;
     net.part = memory;  // without a chain: sums of log-dets over threads
     if (net.chain) {
-      net.acc = net.part + kSlots * kPanelRows * S;
+      net.acc = kSlots * kPanelRows * S;
       net.slope = net.acc + net.layers * kAccStride * S;
       net.diagonal = net.slope + (Backward ? net.layers * kAccStride * S : 0);
       memory += (buffers + 31) / 32 * 32;

@@ -7,43 +7,67 @@
 
 namespace fk {
 
-// On tensor cores a panel and the samples of a tile are just one fragment each, eight columns at a time; the weights
-// come from memory as they are needed, two rows of a column in one access.
-__device__ inline void panel_on_tensor_cores(const float* weights, int height, const float* columns, int from, int to,
+// Rows r and r + 1 of a column.
+template <class W>
+__device__ inline float2 two_weights(const W* from) {
+  if constexpr (std::is_same_v<W, float>) {
+    return *reinterpret_cast<const float2*>(from);
+  } else {
+    const std::uint32_t bits = *reinterpret_cast<const std::uint32_t*>(from);
+    return {to_compute(W{static_cast<std::uint16_t>(bits)}), to_compute(W{static_cast<std::uint16_t>(bits >> 16)})};
+  }
+}
+
+// On tensor cores a panel and the samples of a tile are just one fragment each, eight columns at a time. Weights come
+// from the L2 cache: a warp has kAhead batches of sixteen columns on their way while it multiplies one.
+template <class W>
+__device__ inline void panel_on_tensor_cores(const W* weights, int height, const float* columns, int from, int to,
                                              float* out, int rows) {
-  constexpr int S = kSamples<float>, kSteps = 2, kColumns = 8 * kSteps;
+  constexpr int S = kSamples<float>, kSteps = 2, kLoads = 2 * kSteps, kColumns = 8 * kSteps, kAhead = 4;
   static_assert(S == 8 && kPanelRows == 16);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, group = lane / 4, in_group = lane % 4;
   // Lanes of rows that a lower panel lacks take its first ones; nobody asks for their sums.
-  const float* w = weights + static_cast<int64_t>(from + in_group) * height + (2 * group < height ? 2 * group : 0);
+  const W* w = weights + static_cast<int64_t>(from + in_group) * height + (2 * group < height ? 2 * group : 0);
   const float* c = columns + static_cast<int64_t>(from + in_group) * S + group;
-  const int quarter = 4 * height;
+  const int quarter = 4 * height, batches = (to - from) / kColumns, rest = (to - from) % kColumns;
   float sum[4] = {};
-  // Columns in_group, in_group + 4, ... of the next kColumns, as far as there are any.
-  auto add = [&](auto exists) {
+  // A lane has columns in_group, in_group + 4, ... of a batch.
+  auto multiply = [&](const float2(&batch)[kLoads], auto exists) {
     Tf32Operand<4> a[kSteps];
     Tf32Operand<2> b[kSteps];
 #pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      float2 v = {0.0f, 0.0f};
-      float x = 0.0f;
-      if (exists(4 * i)) {
-        v = *reinterpret_cast<const float2*>(w + i * quarter);
-        x = c[4 * i * S];
-      }
-      a[i / 2].set(i % 2 * 2, v.x);
-      a[i / 2].set(i % 2 * 2 + 1, v.y);
-      b[i / 2].set(i % 2, x);
+    for (int i = 0; i < kLoads; ++i) {
+      a[i / 2].set(i % 2 * 2, batch[i].x);
+      a[i / 2].set(i % 2 * 2 + 1, batch[i].y);
+      b[i / 2].set(i % 2, exists(i) ? c[4 * i * S] : 0.0f);
     }
-    multiply_add(sum, a, b);
-    w += kColumns * height;
-    c += kColumns * S;
+    multiply_add<!std::is_same_v<W, float>>(sum, a, b);
   };
-  int left = to - from;
+  // What is no whole batch comes first.
+  float2 first[kLoads] = {}, ahead[kAhead][kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i)
+    if (in_group + 4 * i < rest) first[i] = two_weights(w + i * quarter);
+  w += static_cast<int64_t>(rest) * height;
+  auto fetch = [&](float2(&batch)[kLoads]) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) batch[i] = two_weights(w + i * quarter);
+    w += 4 * quarter;
+  };
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j)
+    if (j < batches) fetch(ahead[j]);
   __syncwarp();
-#pragma unroll 2
-  for (; left >= kColumns; left -= kColumns) add([](int) { return true; });
-  if (left > 0) add([&](int k) { return in_group + k < left; });
+  if (rest) multiply(first, [&](int i) { return in_group + 4 * i < rest; });
+  c += rest * S;
+  for (int left = batches; left > 0; left -= kAhead)
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (j < left) {
+        multiply(ahead[j], [](int) { return true; });
+        c += kColumns * S;
+        if (j + kAhead < left) fetch(ahead[j]);
+      }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = 2 * group + i / 2;
@@ -66,13 +90,13 @@ __device__ inline void load_row(T (&to)[kSamples<T>], const T* from) {
   }
 }
 
-template <class T>
-__device__ inline void panel_on_lanes(const T* weights, int height, const T* columns, int from, int to, T* out,
+template <class T, class W>
+__device__ inline void panel_on_lanes(const W* weights, int height, const T* columns, int from, int to, T* out,
                                       int rows) {
   constexpr int S = kSamples<T>, N = Pack16<T>::kCount;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, across = lanes_of_rows(height);
   const int quad = lane % across, step = kWarp / across;
-  const T* w = weights + (4 * quad < height ? 4 * quad : 0);  // a panel of 12 rows leaves every fourth lane idle
+  const W* w = weights + (4 * quad < height ? 4 * quad : 0);  // a panel of 12 rows leaves every fourth lane idle
   T sum[4][S];
 #pragma unroll
   for (int r = 0; r < 4; ++r)
@@ -81,11 +105,16 @@ __device__ inline void panel_on_lanes(const T* weights, int height, const T* col
 #pragma unroll 4
   for (int k = from + lane / across; k < to; k += step) {
     T v[4], a[S];
+    if constexpr (std::is_same_v<W, T>) {
 #pragma unroll
-    for (int i = 0; i < 4; i += N) {
-      const Pack16<T> pack = *reinterpret_cast<const Pack16<T>*>(w + static_cast<int64_t>(k) * height + i);
+      for (int i = 0; i < 4; i += N) {
+        const Pack16<T> pack = *reinterpret_cast<const Pack16<T>*>(w + static_cast<int64_t>(k) * height + i);
 #pragma unroll
-      for (int j = 0; j < N; ++j) v[i + j] = pack.value[j];
+        for (int j = 0; j < N; ++j) v[i + j] = pack.value[j];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = to_compute(w[static_cast<int64_t>(k) * height + i]);
     }
     load_row(a, columns + static_cast<int64_t>(k) * S);
 #pragma unroll
@@ -107,12 +136,14 @@ __device__ inline void panel_on_lanes(const T* weights, int height, const T* col
 }
 
 template <class T>
-__device__ inline void panel_product(const T* weights, int height, const T* columns, int from, int to, T* out,
-                                     int rows) {
-  if constexpr (kUnits<T> == Units::tf32)
-    panel_on_tensor_cores(weights, height, columns, from, to, out, rows);
-  else
-    panel_on_lanes(weights, height, columns, from, to, out, rows);
+__device__ inline void panel_product(const Weights<T>& packed, int64_t offset, int height, const T* columns, int from,
+                                     int to, T* out, int rows) {
+  packed.visit(offset, [&](auto* weights) {
+    if constexpr (kUnits<T> == Units::tf32)
+      panel_on_tensor_cores(weights, height, columns, from, to, out, rows);
+    else
+      panel_on_lanes(weights, height, columns, from, to, out, rows);
+  });
 }
 
 }  // namespace fk

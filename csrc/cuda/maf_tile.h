@@ -32,24 +32,34 @@ struct DeviceTile {
   // From the sum of a row to what the next layer reads.
   __device__ void finish(int l, int row, int s, T v) const {
     const DeviceLayer<T>& layer = net.layer[l];
+    const bool has_residual = layer.residual >= 0 && layer.residual_row[row] >= 0;
     if constexpr (Backward) {
-      if (l < net.layers - 1) {
-        const int64_t kept = (layer.kept_slope - row) * call.stride + first + s;
-        v *= slope_by_name(layer.activation, is_sample(s) ? call.saved_in[kept] : T(0));
-        if (layer.residual >= 0 && layer.residual_row[row] >= 0)
-          v += net.layer[layer.residual].out[layer.residual_row[row] * S + s];
-        keep(call.grads, layer.kept_output + row, s, v);
+      if (l == net.layers - 1) {  // the gradient of a feature, which goes through its transform next
+        layer.out[static_cast<int64_t>(row) * S + s] = v;
+        return;
       }
-      layer.out[static_cast<int64_t>(row) * S + s] = v;
+      const int64_t kept = (layer.kept_slope - row) * call.stride + first + s;
+      v *= slope_by_name(layer.activation, is_sample(s) ? call.saved_in[kept] : T(0));
+      if (has_residual) v += net.layer[layer.residual].out[layer.residual_row[row] * S + s];
     } else {
-      if (layer.residual >= 0 && layer.residual_row[row] >= 0)
-        v += net.layer[layer.residual].before[layer.residual_row[row] * S + s];
+      if (has_residual) v += net.layer[layer.residual].before[layer.residual_row[row] * S + s];
+    }
+    store_unit(l, row, s, v);
+  }
+
+  // A unit from its pre-activation; backwards the gradient of that.
+  __device__ void store_unit(int l, int row, int s, T v) const {
+    const DeviceLayer<T>& layer = net.layer[l];
+    T out = v;
+    if constexpr (Backward) {
+      keep(call.grads, layer.kept_output + row, s, v);
+    } else {
       if (layer.before) layer.before[static_cast<int64_t>(row) * S + s] = v;
-      const T a = activate_by_name(layer.activation, v);
-      layer.out[static_cast<int64_t>(row) * S + s] = a;
-      keep(call.saved, layer.kept_output + row, s, a);
+      out = activate_by_name(layer.activation, v);
+      keep(call.saved, layer.kept_output + row, s, out);
       if (layer.kept_slope >= 0) keep(call.saved, layer.kept_slope + row, s, v);
     }
+    layer.out[static_cast<int64_t>(row) * S + s] = out;
   }
 
   // Parameters of a feature, a constant for the affine transform.
@@ -73,32 +83,34 @@ struct DeviceTile {
   }
 
   // One feature of one sample, sampling direction: its parameters are known, now its value is.
-  __device__ T sample_feature(int feature, int s, T z, Strided<const T> theta, T& logdet) const {
+  __device__ void sample_feature(int feature, int s, T z, Strided<const T> theta, T& logdet) const {
     const Transformed<T> out = transform<true>(z, theta);
     logdet += out.logdet;
-    if (is_sample(s)) call.output[(first + s) * net.features + net.input_perm[feature]] = out.y;
-    keep(call.saved, feature, s, out.y);
+    store_feature(feature, s, z, out.y);
+  }
+  __device__ void store_feature(int feature, int s, T z, T y) const {
+    net.state_in[static_cast<int64_t>(feature) * S + s] = y;
+    if (is_sample(s)) call.output[(first + s) * net.features + net.data_perm[feature]] = y;
+    keep(call.saved, feature, s, y);
     keep(call.saved, net.kept_noise + feature, s, z);
-    return out.y;
   }
 
   // Rows of the panels [begin, end) over the columns [0, to): sums with bias and context, finished or left as they are.
-  template <bool Finished>
-  __device__ void panels(int l, int begin, int end, int to) const {
+  __device__ void panels(int l, int begin, int end, int to, bool finished) const {
     const DeviceLayer<T>& layer = net.layer[l];
     for (int p = begin + warp; p < end; p += 2 * S) {
       const Panel panel = layer.panel[p];
       const int row0 = static_cast<int>(panel.row), rows = static_cast<int>(panel.rows),
                 depth = static_cast<int>(panel.depth);
       T* out = layer.out + static_cast<int64_t>(row0) * S;
-      panel_product(call.packed + panel.offset, static_cast<int>(panel.height), layer.columns, 0,
+      panel_product(call.packed, panel.offset, static_cast<int>(panel.height), layer.columns, 0,
                     depth < to ? depth : to, out, rows);
       __syncwarp();
 #pragma unroll 1  // all activations are in here: copies of it were most of this library's machine code
       for (int i = lane; i < rows * S; i += kWarp) {
         const int row = row0 + i / S, s = i % S;
         const T v = out[i] + begin_of(layer, row, s);
-        if constexpr (Finished)
+        if (finished)
           finish(l, row, s, v);
         else
           out[i] = v;
@@ -114,9 +126,12 @@ struct DeviceTile {
       const int row = begin + i / S, s = i % S;
       const Panel& panel = layer.panel[p0 + (row - layer.panel[p0].row) / kPanelRows];
       const int depth = static_cast<int>(panel.depth), stop = depth < to ? depth : to;
-      const T* w = call.packed + panel.offset + (row - panel.row);
       T v = layer.out[static_cast<int64_t>(row) * S + s];
-      for (int k = from; k < stop; ++k) v += w[k * panel.height] * layer.columns[static_cast<int64_t>(k) * S + s];
+      call.packed.visit(panel.offset + (row - panel.row), [&](auto* weights) {
+#pragma unroll 1
+        for (int k = from; k < stop; ++k)
+          v += to_compute(weights[k * panel.height]) * layer.columns[static_cast<int64_t>(k) * S + s];
+      });
       finish(l, row, s, v);
     }
   }
@@ -130,7 +145,7 @@ struct DeviceTile {
         // The direct part of the features' gradients waits in grad_input.
         backward_feature<false>(f, s, T(0));
       } else {
-        const T x = is_sample(s) ? call.input[(first + s) * net.features + net.input_perm[f]] : T(0);
+        const T x = is_sample(s) ? call.input[(first + s) * net.features + net.data_perm[f]] : T(0);
         net.state_in[i] = x;
         keep(call.saved, f, s, x);
       }
@@ -148,7 +163,7 @@ struct DeviceTile {
       } else {
         const Transformed<T> t = transform<false>(net.state_in[i], {out + static_cast<int64_t>(f) * per() * S + s, S});
         logdet += t.logdet;
-        if (is_sample(s)) call.output[(first + s) * net.features + net.input_perm[f]] = t.y;
+        if (is_sample(s)) call.output[(first + s) * net.features + net.data_perm[f]] = t.y;
       }
     }
     if constexpr (!Backward) {
@@ -166,8 +181,8 @@ struct DeviceTile {
   __device__ void first_units() const {
     for (int l = 0; l < net.layers - (call.sweep ? 1 : 0); ++l) {
       const DeviceLayer<T>& layer = net.layer[l];
-      panels<true>(l, 0, call.sweep ? static_cast<int>(layer.group[1]) : layer.panels,
-                   call.sweep ? static_cast<int>(layer.columns_up_to[0]) : INT_MAX);
+      panels(l, 0, call.sweep ? static_cast<int>(layer.group[1]) : layer.panels,
+             call.sweep ? static_cast<int>(layer.columns_up_to[0]) : INT_MAX, true);
       __syncthreads();
     }
   }
@@ -182,9 +197,8 @@ struct DeviceTile {
         backward_feature<true>(r, s, out.out[static_cast<int64_t>(r) * S + s]);
     } else {
       for (int f = r0 / per() + lane; f < r1 / per(); f += kWarp) {
-        const T z = is_sample(s) ? call.input[(first + s) * net.features + net.input_perm[f]] : T(0);
-        net.state_in[static_cast<int64_t>(f) * S + s] =
-            sample_feature(f, s, z, {out.out + static_cast<int64_t>(f) * per() * S + s, S}, logdet);
+        const T z = is_sample(s) ? call.input[(first + s) * net.features + net.data_perm[f]] : T(0);
+        sample_feature(f, s, z, {out.out + static_cast<int64_t>(f) * per() * S + s, S}, logdet);
       }
     }
   }
@@ -202,7 +216,7 @@ struct DeviceTile {
     const T z = call.saved_in[((call.sweep ? net.kept_noise : 0) + f) * call.stride + n];
     return {call.grad_output[at], z, parameters[0], parameters[call.stride]};
   }
-  __device__ int64_t forward_perm(int f) const { return (call.other + call.other[5])[f]; }
+  __device__ int64_t forward_perm(int f) const { return (call.other + call.other[12])[f]; }
 
   template <bool Inverse>
   __device__ void backward_feature(int r, int s, T through) const {
@@ -238,7 +252,13 @@ struct DeviceTile {
       gradients[-S] = g.u;
       grad_input = g.x;
     }
-    for (int p = 0; p < per(); ++p) keep(call.grads, static_cast<int64_t>(r + 1) * per() - 1 - p, s, gradients[-p * S]);
+    store_gradients(r, s, grad_input);
+  }
+  // Those of the feature's parameters lie in state_in already.
+  __device__ void store_gradients(int r, int s, T grad_input) const {
+#pragma unroll 1
+    for (int64_t row = static_cast<int64_t>(r) * per(); row < static_cast<int64_t>(r + 1) * per(); ++row)
+      keep(call.grads, row, s, net.state_in[row * S + s]);
     call.grad_input[(first + s) * net.features + forward_perm(net.features - 1 - r)] = grad_input;
   }
 
@@ -248,8 +268,8 @@ struct DeviceTile {
       const int begin = static_cast<int>(net.block[b]), end = static_cast<int>(net.block[b + 1]);
       for (int l = 0; l <= last; ++l) {
         const DeviceLayer<T>& layer = net.layer[l];
-        panels<false>(l, static_cast<int>(layer.group[b + 1]), static_cast<int>(layer.group[b + 2]),
-                      static_cast<int>(layer.columns_up_to[begin]));
+        panels(l, static_cast<int>(layer.group[b + 1]), static_cast<int>(layer.group[b + 2]),
+               static_cast<int>(layer.columns_up_to[begin]), false);
       }
       __syncthreads();
       for (int step = begin; step < end; ++step)

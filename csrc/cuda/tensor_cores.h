@@ -62,15 +62,16 @@ struct Tf32Operand {
 };
 
 // sum += the products of some steps, with an error like that of float32: three of the four products of the parts, the
-// small ones first; the fourth would be below float32's last place. Tensor cores cut off where float32 rounds, which
-// adds up over a long sum, so the steps' own sum is added outside them (Ootomo and Yokota 2022, arXiv:2203.03341).
-template <int Steps>
+// small ones first; the fourth would be below float32's last place, and of the three one is zero where `a` was half a
+// float before, which its high part holds whole. Tensor cores cut off where float32 rounds, which adds up over a long
+// sum, so the steps' own sum is added outside them (Ootomo and Yokota 2022, arXiv:2203.03341).
+template <bool WholeInHigh = false, int Steps>
 __device__ inline void multiply_add(float (&sum)[4], const Tf32Operand<4> (&a)[Steps],
                                     const Tf32Operand<2> (&b)[Steps]) {
   float steps[4] = {};
 #pragma unroll
   for (int i = 0; i < Steps; ++i) {
-    mma_tf32(steps, a[i].low, b[i].high);
+    if constexpr (!WholeInHigh) mma_tf32(steps, a[i].low, b[i].high);
     mma_tf32(steps, a[i].high, b[i].low);
   }
 #pragma unroll

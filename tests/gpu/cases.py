@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.maf import Step, _reference_chain
 from flowkernels.ops.maf import cuda as maf_cuda
-from flowkernels.ops.maf import reference as maf
 from flowkernels.ops.masked_linear import reference as linear
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
@@ -130,6 +130,23 @@ def _residual() -> Plan:
     return Plan(made_masks(7, [16] * 5), residual=[None, None, 0, None, 2], context=[0, 2])
 
 
+def _late_residual() -> Plan:
+    """Residual connections from units of the same step, of an earlier block of steps, and that no output sees."""
+    masks = made_masks(30, [90] * 3)
+    unit = torch.arange(90)
+    first = unit % 29 + 1
+    later = torch.clamp(first + 9 * (unit // 29), max=30)
+    masks[2] = later[:, None] >= first[None]
+    masks[3] = (torch.arange(30) + 1).repeat_interleave(2)[:, None] > later[None]
+    return Plan(masks, residual=[None, None, 0], activation="tanh")
+
+
+def _ordered() -> Plan:
+    return Plan(made_masks(13, [20, 18], shuffled=True)).on(
+        torch.randperm(13, generator=torch.Generator().manual_seed(3))
+    )
+
+
 def _wide_step() -> Plan:
     """Three features at once, then three that see them: one step has more units than a chain takes."""
     first = torch.ones(70, 6) * (torch.arange(6) < 3)
@@ -157,6 +174,8 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "five_layers": lambda: Plan(made_masks(9, [12] * 4), activation="silu"),
     "ten_layers": lambda: Plan(made_masks(6, [8] * 9), activation="softplus"),
     "residual_context": _residual,
+    "late_residual": _late_residual,
+    "ordered": _ordered,
     "wide_step": _wide_step,
     "blocked_layout": _blocked,
 }
@@ -165,9 +184,9 @@ PLANS: dict[str, Callable[[], Plan]] = {
 def check_maf(
     kernels: Any, plans: Sequence[Plan], samples: int, dtype: torch.dtype, inverse: bool, *,
     law: str | ScaleLaw | Spline | Sequence[ScaleLaw | Spline] = "softplus", form: str = "scale_shift",
-    density: bool = False, device: str = "cpu",
+    density: bool = False, weights: torch.dtype | None = None, device: str = "cpu",
 ) -> None:  # fmt: skip
-    """A chain of transforms, forwards and backwards; `law` is that of all, or one of each."""
+    """A chain of transforms, forwards and backwards; `law` is that of all, or one of each. `weights`: their type."""
     generator = torch.Generator().manual_seed(samples)
     make = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
     features = plans[0].features
@@ -177,7 +196,8 @@ def check_maf(
     for plan in plans:
         parameters = []
         for mask in plan.masks:
-            parameters += [make(*mask.shape) / max(1, mask.shape[1]) ** 0.5, 0.3 * make(mask.shape[0])]
+            pair = make(*mask.shape) / max(1, mask.shape[1]) ** 0.5, 0.3 * make(mask.shape[0])
+            parameters += [p.to(weights or dtype) for p in pair]
         contexts.append(make(samples, plan.context_width))
         tables, masks = plan.tables(x.device), plan.masks_on(x.device)
         packed.append(kernels.maf_pack(parameters, masks, tables[0], plan.packed_sizes[0]))
@@ -208,16 +228,15 @@ def check_maf(
     def reference(dtype: torch.dtype, low: torch.dtype, run: int) -> list[Tensor]:
         count = iter(range(1000))
         cast = lambda ts: [_shaken(t, low, run, next(count)).to(dtype).requires_grad_() for t in ts]  # noqa: E731
-        weights = [cast(parameters) for _, parameters in steps]
+        own = [cast(parameters) for _, parameters in steps]
         (start,), terms, cotangents = cast([x]), cast(contexts), cast([grad_y, grad_logdet])
-        out, total = start, start.new_zeros(samples) + 0 * start.sum()  # the unit law's log-det depends on nothing
-        for plan, own, context, one in zip(plans, weights, terms, laws, strict=True):
-            transform = maf.maf_inverse if inverse else maf.maf_forward
-            out, logdet = transform(out, context if plan.context_width else None, plan, own, one, form)
-            total = total + logdet
-        if density:
-            total = total + maf.log_normal(out)
-        leaves = [start, *terms, *(w for own in weights for w in own)]
+        chain = [
+            Step(plan, parameters, context if plan.context_width else None, one, form, inverse)
+            for plan, parameters, context, one in zip(plans, own, terms, laws, strict=True)
+        ]
+        out, total = _reference_chain(start, chain, density)
+        total = total + 0 * start.sum()  # the unit law's log-det depends on nothing
+        leaves = [start, *terms, *(p for parameters in own for p in parameters)]
         grads = torch.autograd.grad([out, total], leaves, [c.detach() for c in cotangents], allow_unused=True)
         return [out.detach(), total.detach()] + [
             torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)

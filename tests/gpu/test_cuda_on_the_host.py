@@ -17,7 +17,7 @@ from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
 from flowkernels.ops.masked_linear.degrees import sorted_degrees
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
-from flowkernels.transforms import LRSpline, RQSpline, Spline
+from flowkernels.transforms import LRSpline, RQSpline, Spline, code_and_numbers
 
 FLOATS = (torch.float64, torch.float32)
 
@@ -84,6 +84,18 @@ def test_maf(host_kernels: Any, plan: str, inverse: bool) -> None:
         check_maf(host_kernels, [PLANS[plan]()], samples, dtype, inverse)
 
 
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16], ids=str)
+def test_maf_of_halves(host_kernels: Any, weights: torch.dtype) -> None:
+    """Weights in halves, all else in float32: not one bit of them is lost."""
+    spline = RQSpline("nflows", 4)
+    for inverse in (True, False):
+        for plan in ("small", "several_blocks", "residual_context", "ten_layers", "wide_step"):
+            check_maf(host_kernels, [PLANS[plan]()], 9, torch.float32, inverse, weights=weights)
+        check_maf(
+            host_kernels, [spline_plan(spline, 5, [9, 8])], 5, torch.float32, inverse, law=spline, weights=weights
+        )
+
+
 @pytest.mark.parametrize(("law", "form"), [*((n, f) for n in NAMES for f in FORMS[:2]), ("sigmoid", "gate")])
 def test_maf_laws(host_kernels: Any, law: str, form: str) -> None:
     """Two transforms: the second one has to find its own numbers."""
@@ -109,6 +121,21 @@ def test_laws_and_splines_in_one_chain(host_kernels: Any) -> None:
     laws = [ScaleLaw("tanh", bound=1.5), spline, ScaleLaw("softplus", floor=0.1)]
     for inverse in (True, False):
         check_maf(host_kernels, plans, 5, torch.float64, inverse, law=laws)
+
+
+@pytest.mark.parametrize("plan", ["small", "several_blocks"])
+def test_a_later_infinity_leaves_earlier_features_alone(host_kernels: Any, plan: str) -> None:
+    """A weight of zero hides it, inside a block of steps as between blocks: 0 * inf is NaN."""
+    net = PLANS[plan]()
+    parameters = [t for mask in net.masks for t in (torch.randn(mask.shape), torch.randn(mask.shape[0]))]
+    packed = host_kernels.maf_pack(parameters, net.masks, net.forward_table, net.packed_sizes[0])
+    z = torch.randn(3, net.features)
+    call = (None, packed, net.forward_table, *code_and_numbers(ScaleLaw("softplus")), 0, None)
+    x, _ = host_kernels.maf_inverse(z, *call)
+    z[:, 3] = float("inf")
+    other, _ = host_kernels.maf_inverse(z, *call)
+    assert torch.equal(other[:, :3], x[:, :3])
+    assert (other[:, 3] == float("inf")).all()
 
 
 def test_a_transform_is_described_in_full(host_kernels: Any) -> None:
