@@ -13,6 +13,8 @@ import pytest
 import torch
 from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
 
+import flowkernels as fk
+from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
 from flowkernels.ops.masked_linear.degrees import sorted_degrees
 from flowkernels.plan import Plan
@@ -94,6 +96,46 @@ def test_maf_of_halves(host_kernels: Any, weights: torch.dtype) -> None:
         check_maf(
             host_kernels, [spline_plan(spline, 5, [9, 8])], 5, torch.float32, inverse, law=spline, weights=weights
         )
+
+
+def test_a_flow_in_halves(host_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a flow's halves to the kernels and of their gradients back, with kernels built for the host."""
+    from flowkernels.ops import maf
+    from flowkernels.ops.maf import autograd, pack
+
+    packed_in: list[torch.dtype] = []
+
+    def pack_op(parameters: list[torch.Tensor], *rest: Any) -> torch.Tensor:
+        packed_in.append(parameters[0].dtype)
+        return host_kernels.maf_pack(parameters, *rest)
+
+    monkeypatch.setattr(maf, "_takes_weights_in_halves", lambda _: True)
+    monkeypatch.setattr(pack, "_may_remember", lambda _: False)
+    monkeypatch.setattr(pack, "pack_op", pack_op)
+    for module in (maf, autograd):
+        monkeypatch.setattr(module, "maf_op", functools.partial(maf_cuda.maf, kernels=host_kernels))
+    monkeypatch.setattr(autograd, "backward_op", functools.partial(maf_cuda.maf_backward, kernels=host_kernels))
+    plan = PLANS["two_layers"]()
+    parameters = [
+        torch.nn.Parameter(0.2 * torch.randn(*shape, dtype=torch.bfloat16))
+        for mask in plan.masks
+        for shape in (mask.shape, mask.shape[:1])
+    ]
+    z = torch.randn(4, plan.features, dtype=torch.bfloat16, requires_grad=True)
+    for call in (fk.ops.maf_inverse, fk.ops.maf_forward):
+        y, logdet = call(z, plan, parameters)
+        assert (y.dtype, logdet.dtype) == (torch.bfloat16, torch.float32)
+        grads = torch.autograd.grad((y.float().square().sum() + logdet.sum()), [z, *parameters])
+        exact_leaves = [t.detach().double().requires_grad_() for t in (z, *parameters)]
+        with fk.use_backend("reference"):
+            exact_y, exact_logdet = call(exact_leaves[0], plan, exact_leaves[1:])
+        exact = torch.autograd.grad(exact_y.square().sum() + exact_logdet.sum(), exact_leaves)
+        torch.testing.assert_close(logdet.double(), exact_logdet, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y.double(), exact_y, rtol=0.01, atol=0.01)
+        for ours, theirs in zip(grads, exact, strict=True):
+            assert ours.dtype == torch.bfloat16
+            torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+    assert set(packed_in) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("law", "form"), [*((n, f) for n in NAMES for f in FORMS[:2]), ("sigmoid", "gate")])

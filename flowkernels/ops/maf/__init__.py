@@ -98,10 +98,12 @@ def run_chain(x: Tensor, steps: Sequence[Step], *, density: bool = False) -> tup
     The models' way in. Arguments are taken as they are: `maf_forward` and `maf_inverse` check them first.
     """
     dtype = COMPUTE_DTYPE[x.dtype]
+    reference = runs_reference(x, _form_of(steps) if x.is_cuda else "maf")
     if x.dtype != dtype:
-        y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype) for step in steps], density=density)
+        keep = not reference and _takes_weights_in_halves(x)
+        y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype, keep) for step in steps], density=density)
         return y.to(x.dtype), logdet
-    if runs_reference(x, _form_of(steps) if x.is_cuda else "maf"):
+    if reference:
         return _reference_chain(x, steps, density)
     device = x.device
     grad = torch.is_grad_enabled() and (x.requires_grad or any(_step_needs_grad(step) for step in steps))
@@ -139,9 +141,15 @@ def _step_needs_grad(step: Step) -> bool:
     return (step.context is not None and step.context.requires_grad) or any(p.requires_grad for p in step.parameters)
 
 
-def _in_dtype(step: Step, dtype: torch.dtype) -> Step:
+def _takes_weights_in_halves(x: Tensor) -> bool:
+    """On a GPU weights are read where they are multiplied: halves of them are half of what the memory has to give."""
+    return x.is_cuda
+
+
+def _in_dtype(step: Step, dtype: torch.dtype, keep_parameters: bool) -> Step:
     context = None if step.context is None else step.context.to(dtype)
-    return step._replace(parameters=[p.to(dtype) for p in step.parameters], context=context)
+    parameters = step.parameters if keep_parameters else [p.to(dtype) for p in step.parameters]
+    return step._replace(parameters=parameters, context=context)
 
 
 def _reference_chain(x: Tensor, steps: Sequence[Step], density: bool) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class Maf(Function):
         ctx.fixed = len(tensors) - len(contexts) - len(parameters)
         # x, contexts and parameters are kept only to say of which tensors there is no second derivative.
         ctx.save_for_backward(output[2], *packed_back, *(output[:1] if ctx.density else ()), x, *contexts, *parameters)
-        ctx.steps = len(packed_back)
+        ctx.steps, ctx.parameter_dtype = len(packed_back), parameters[0].dtype
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
@@ -160,7 +160,7 @@ class Maf(Function):
             contexts = tuple(p.view(samples, w) for p, w in zip(parts, ctx.context_widths, strict=True))
         parameters: list[Tensor | None] = [None] * len(needs)
         if want_parameters:
-            parts = flat.split([n for m in ctx.masks for n in (m.numel(), m.shape[0])])
+            parts = flat.to(ctx.parameter_dtype).split([n for m in ctx.masks for n in (m.numel(), m.shape[0])])
             for i, (part, need) in enumerate(zip(parts, needs, strict=True)):
                 if need:
                     parameters[i] = part if i % 2 else part.view(ctx.masks[i // 2].shape)
