@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
+from cases import (
+    PLANS,
+    affine_options,
+    check_affine,
+    check_gumbel_argmax,
+    check_maf,
+    check_masked_linear,
+    made_masks,
+    spline_plan,
+)
 
 import flowkernels as fk
 from flowkernels import _cuda
@@ -94,7 +103,6 @@ def test_maf_of_images(name: str) -> None:
 @pytest.mark.parametrize(("rows", "classes"), [(0, 3), (1, 1), (70, 5), (33, 130), (5, 9000), (3, 50257)])
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_gumbel(name: str, rows: int, classes: int) -> None:
-    from flowkernels.ops.gumbel_argmax import reference as argmax_reference
     from flowkernels.ops.gumbel_softmax import reference
 
     kernels = kernels_of(name, "gumbel_softmax")
@@ -115,13 +123,33 @@ def test_gumbel(name: str, rows: int, classes: int) -> None:
         strict=True,
     ):
         assert torch.allclose(a.double(), b, rtol=1e-3, atol=1e-4)
-    if name == "triton":
-        argmax = kernels_of("triton", "gumbel_argmax")
-        for samples in (1, 5):
-            ours = argmax.gumbel_argmax(logits, seed, 0, samples)
-            theirs = argmax_reference.gumbel_argmax(logits, seed, 0, samples)
-            assert torch.equal(ours[0], theirs[0])
-            assert torch.allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(0, 3), (1, 1), (70, 5), (33, 130), (5000, 300), (5, 9000), (3, 50257)])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gumbel_argmax(name: str, rows: int, classes: int) -> None:
+    kernels = kernels_of(name, "gumbel_argmax")
+    for dtype in (torch.float64, torch.float32):
+        check_gumbel_argmax(kernels.gumbel_argmax, rows, classes, dtype, samples=(0, 1, 2, 5, 300), device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gumbel_argmax_from_outside(name: str, dtype: torch.dtype) -> None:
+    """Every dtype, any dimension, many samples of a single row, and the gradient; the CPU draws the same."""
+    kernels_of(name, "gumbel_argmax")
+    logits = torch.randn(3, 40, 2, dtype=dtype)
+    for x, dim, k in ((logits, 1, 1), (logits, -2, 7), (logits[0, :1].double(), 1, 100_000)):
+        on_device = x.cuda().requires_grad_()
+        with fk.use_backend(name):
+            index, log_prob = fk.ops.gumbel_argmax(on_device, k, dim, seed=5)
+        there, log_there = fk.ops.gumbel_argmax(x, k, dim, seed=5)
+        assert (index.cpu() != there).sum() <= 1  # a rounding of one of the two devices may decide
+        assert log_prob.dtype == log_there.dtype
+        exact = x.double().log_softmax(dim).gather(dim, index.cpu())
+        assert torch.allclose(log_prob.double().cpu(), exact, rtol=1e-3, atol=1e-5)
+        (grad,) = torch.autograd.grad(log_prob.sum(), on_device)
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
