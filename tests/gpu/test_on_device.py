@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,7 @@ from cases import (
 )
 
 import flowkernels as fk
-from flowkernels import _cuda
+from flowkernels import _cuda, _gpu_choices
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import LRSpline, RQSpline
@@ -165,6 +167,37 @@ def test_masked_linear(name: str, dtype: torch.dtype) -> None:
 # ---- through the public faces ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(backend, operator) of every kernel that is called, from any thread."""
+    calls: list[tuple[str, str]] = []
+    kernel = _cuda._kernel
+    monkeypatch.setattr(_cuda, "_kernel", lambda *what: (calls.append(what), kernel(*what))[1])
+    return calls
+
+
+def test_auto_goes_by_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran: list[tuple[str, str]]) -> None:
+    for name in ("cuda", "triton"):
+        kernels_of(name, "affine_coupling")
+    choices = {"affine_coupling": {"source": "made-up.json", "up_to": [[12, "triton"], [None, "cuda"]]}}
+    table = {torch.cuda.get_device_name(): {"capability": list(torch.cuda.get_device_capability()), "choices": choices}}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    monkeypatch.setattr(_gpu_choices, "TABLE", tmp_path / "table.json")
+    caches = (_cuda._choices, _gpu_choices.table)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for rows in (3, 4):
+            x = torch.randn(rows, 4, device="cuda")
+            fk.ops.affine_coupling(x, x, x)
+        told = fk.explain()
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert ran == [("triton", "affine_coupling"), ("cuda", "affine_coupling")]
+    assert "affine_coupling: triton up to 12 elements, above that cuda" in told
+
+
 @pytest.mark.parametrize("name", ["auto", "cuda", "triton"])
 def test_gradcheck(name: str) -> None:
     if name != "auto" and _cuda.why_not(name, "affine_coupling"):
@@ -195,6 +228,7 @@ def test_captured_in_a_graph(name: str) -> None:
     calls = [
         lambda: flow.inverse(z), lambda: flow.transform(z), lambda: fk.ops.affine_coupling(x, x, x),
         lambda: (layer(z),),
+        lambda: fk.ops.gumbel_argmax(x, seed=5)[1:], lambda: fk.ops.gumbel_argmax(x, 3, seed=5)[1:],
     ]  # fmt: skip
     for plain in calls:
 
