@@ -209,13 +209,13 @@ _CODES_AT = {"maf": 4, "maf_backward": 7}
 
 def run(operator: str, reference: Callable[..., Any], *args: Any) -> Any:
     """An operator on CUDA tensors."""
-    from flowkernels._backend import backend
+    from flowkernels._backend import backend_of_call
 
     if operator in _CODES_AT:
         from flowkernels.ops.maf.autograd import form_of
 
         operator = operator.replace("maf", form_of(args[_CODES_AT[operator]]))
-    name, _ = choose(operator, backend(), _gpu_choices.call(operator, args))
+    name, _ = choose(operator, backend_of_call(), _gpu_choices.call(operator, args))
     if name != "triton":
         return (reference if name == "reference" else _kernel(name, operator))(*args)
     # Triton launches on the current device, whatever its tensors say; C++ kernels look at the tensors.

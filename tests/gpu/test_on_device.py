@@ -198,6 +198,17 @@ def test_auto_goes_by_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran:
     assert "affine_coupling: triton up to 12 elements, above that cuda" in told
 
 
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backward_is_forced_too(name: str, ran: list[tuple[str, str]]) -> None:
+    """Autograd calls it in a thread of its own."""
+    kernels_of(name, "affine_coupling")
+    x = torch.randn(3, 4, device="cuda", requires_grad=True)
+    with fk.use_backend(name):
+        y, logdet = fk.ops.affine_coupling(x, x, x)
+        (y.sum() + logdet.sum()).backward()
+    assert ran == [(name, "affine_coupling"), (name, "affine_coupling_backward")]
+
+
 @pytest.mark.parametrize("name", ["auto", "cuda", "triton"])
 def test_gradcheck(name: str) -> None:
     if name != "auto" and _cuda.why_not(name, "affine_coupling"):

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import flowkernels as fk
-from flowkernels import _cuda, _gpu_choices
+from flowkernels import _backend, _cuda, _gpu_choices
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import RQSpline, code_and_numbers
 
@@ -198,6 +199,31 @@ def test_the_table_knows_the_chain_by_its_codes(monkeypatch: pytest.MonkeyPatch)
         _cuda.run("maf", lambda *_: None, x, [], [], [], codes, [])
         _cuda.run("maf_backward", lambda *_: None, x, None, None, [], [], [], [], codes)
     assert asked == ["maf", "maf_backward", "maf_spline", "maf_spline_backward"]
+
+
+def test_a_backward_is_forced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd calls it in a thread of its own, which gets what torch keeps for threads, and nothing else."""
+    forced: list[str] = []
+    monkeypatch.setattr(_cuda, "choose", lambda operator, name, call: (forced.append(name), ("reference", ""))[1])
+    monkeypatch.setattr(_backend, "why_unavailable", lambda name: None)
+
+    def run() -> None:
+        _cuda.run("gumbel_softmax_backward", lambda *_: None, torch.zeros(2, 3))
+
+    with fk.use_backend("triton"):
+        kept = torch._C._get_obj_in_tls(_backend._STASHED)
+        run()
+
+    def in_a_thread() -> None:
+        torch._C._stash_obj_in_tls(_backend._STASHED, kept)
+        run()
+
+    for target in (in_a_thread, run):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    run()
+    assert forced == ["triton", "triton", "auto", "auto"]
 
 
 def test_functions_take_what_their_operators_give() -> None:
