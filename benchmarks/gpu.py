@@ -3,9 +3,11 @@
 Every part runs in a process of its own with a time limit, writes what it has after every figure, and cannot take the others'
 results with it: a crash of a kernel spoils its process only. No figure is written for a result that was not right in the same
 run. The results go to ``benchmarks/results/gpu-<device>-<commit>.json``; the table comes last.
+
+With ``--table`` nothing runs: the recorded results become flowkernels/gpu_choices.json, the table that `auto` goes by.
 """
 
-# ruff: noqa: B023, E501 -- every function is called before its loop goes on; a case is one line
+# ruff: noqa: E501 -- a case is one line
 
 from __future__ import annotations
 
@@ -108,10 +110,25 @@ def have(report: Report, name: str, operator: str) -> bool:
     """Whether a backend runs an operator here; if not, the reason becomes a row."""
     from flowkernels import _cuda
 
+    if name == "triton" and operator not in _cuda.TRITON:
+        return False  # not written is no failure
     reason = None if DRY else _cuda.why_not(name, operator)
     if reason is not None:
         report.add(family=operator, case="all", variant=name, failed=reason)
     return reason is None
+
+
+def measured_as(operator: str, args: Sequence[Any]) -> dict[str, Any]:
+    """Where a call belongs in the table of choices: the line, the size and the type."""
+    import torch
+
+    from flowkernels import _gpu_choices
+
+    found = _gpu_choices.call(operator, args)
+    if found is None:
+        return {}
+    first = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    return {"line": found[0], "size": found[1], "dtype": str(first.dtype).removeprefix("torch.")}
 
 
 class Report:
@@ -136,11 +153,21 @@ class Report:
         except Exception as problem:
             self.add(family=family, case=case, variant="-", failed=f"{type(problem).__name__}: {str(problem)[:300]}")
 
+    def kernel(self, family: str, case: str, backend: str, operator: str, *args: Any, **more: Any) -> None:
+        """Times the kernel that a backend has for an operator."""
+        from flowkernels import _cuda
+
+        self.time(family, case, backend, partial(_cuda._kernel(backend, operator), *args),
+                  **measured_as(operator, args), **more)  # fmt: skip
+
     def time(
         self, family: str, case: str, variant: str, run: Callable[[], Any], *, check: Callable[[Any], float] | None = None,
         bound: float = 0.0, moved: float = 0.0, flops: float = 0.0, graph: bool = True, **more: Any,
     ) -> None:  # fmt: skip
-        """Checks, times and notes one variant; what fails is noted as failed and the next one goes on."""
+        """Checks, times and notes one variant; what fails is noted as failed and the next one goes on.
+
+        What `measured_as` adds makes it count in the table of choices, by the time of a call without a graph.
+        """
         try:
             error = None
             if check is not None:
@@ -155,6 +182,8 @@ class Report:
                     raise
                 more["not_captured"] = f"{type(problem).__name__}: {str(problem)[:100]}"
                 p20, p50, p80 = milliseconds(run, graph=False)
+            if "line" in more:
+                more["call_ms"] = milliseconds(run, graph=False, seconds=0.2)[1] if graph else p50
         except Exception as problem:
             self.add(
                 family=family, case=case, variant=variant, failed=f"{type(problem).__name__}: {str(problem)[:300]}"
@@ -221,8 +250,9 @@ def ceilings(report: Report) -> None:
 def affine_coupling(report: Report) -> None:
     import torch
 
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows, features in ((65536, 1024), (65536, 256)):
+    large, few = ((65536, 1024), (65536, 256)), ((4096, 256), (64, 64))
+    for dtype, shapes in ((torch.float32, (*large, *few)), (torch.bfloat16, large)):
+        for rows, features in shapes:
             case = f"{rows}x{features} {str(dtype).removeprefix('torch.')}"
             with report.trying("affine_coupling", case):
                 _affine_coupling(report, case, small(rows), small(features), dtype)
@@ -232,7 +262,6 @@ def _affine_coupling(report: Report, case: str, rows: int, features: int, dtype:
     import torch
 
     import flowkernels as fk
-    from flowkernels import _cuda
     from flowkernels.ops.affine_coupling import reference
     from flowkernels.scales import ScaleLaw
 
@@ -253,11 +282,11 @@ def _affine_coupling(report: Report, case: str, rows: int, features: int, dtype:
     for name in ("cuda", "triton"):
         if not have(report, name, "affine_coupling"):
             continue
-        run, back = (_cuda._kernel(name, op) for op in ("affine_coupling", "affine_coupling_backward"))
-        report.time("affine_coupling", f"forward {case}", name, partial(run, x, shift, scale, None, *options),
-                    check=lambda out: relative(first(out), truth), bound=bound, moved=4 * size)  # fmt: skip
-        report.time("affine_coupling", f"backward {case}", name, partial(back, grad, sums, x, shift, scale, *options, 7),
-                    check=lambda out: relative(first(out), truth_back), bound=bound, moved=7 * size)  # fmt: skip
+        report.kernel("affine_coupling", f"forward {case}", name, "affine_coupling", x, shift, scale, None, *options,
+                      check=lambda out: relative(first(out), truth), bound=bound, moved=4 * size)  # fmt: skip
+        report.kernel("affine_coupling", f"backward {case}", name, "affine_coupling_backward",
+                      grad, sums, x, shift, scale, *options, 7,
+                      check=lambda out: relative(first(out), truth_back), bound=bound, moved=7 * size)  # fmt: skip
 
     def plain(x: Any, shift: Any, scale: Any) -> Any:
         sigma = torch.nn.functional.softplus(scale) + 1e-3
@@ -266,7 +295,7 @@ def _affine_coupling(report: Report, case: str, rows: int, features: int, dtype:
     check = lambda out: relative(first(out), truth)  # noqa: E731
     report.time("affine_coupling", f"forward {case}", "eager", lambda: plain(x, shift, scale), check=check,
                 bound=10 * bound, moved=4 * size)  # fmt: skip
-    if features == 256 or DRY:
+    if features != 1024 or DRY:
         return
     compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs", dynamic=False)
     report.time("affine_coupling", f"forward {case}", "torch.compile", lambda: compiled(x, shift, scale),
@@ -285,38 +314,45 @@ def _affine_coupling(report: Report, case: str, rows: int, features: int, dtype:
 
 
 def maf(report: Report) -> None:
-    """Sampling and density of D=784, H=1024, two hidden layers, and of the smaller flow of the CPU benchmarks."""
+    """Sampling and density of D=784, H=1024, two hidden layers, of the smaller flow of the CPU benchmarks, of splines."""
     import torch
 
     import flowkernels as fk
 
-    backends = [name for name in ("cuda", "triton") if have(report, name, "maf")]
     torch.manual_seed(0)
-    for features, hidden, batches in ((784, 1024, (1, 1024, 64, 16384)), (63, 512, (1000, 1, 16384))):
-        label = f"D={features} H={hidden}"
+    for chain, model, features, hidden, batches in (
+        ("maf", fk.models.MAF, 784, 1024, (1, 1024, 64, 16384)),
+        ("maf", fk.models.MAF, 63, 512, (1, 1024, 64, 16384)),
+        ("maf_spline", fk.models.NSF, 63, 512, (64, 2048, 16384)),
+    ):
+        backends = [name for name in ("cuda", "triton") if have(report, name, chain)]
+        label = f"{model.__name__} D={features} H={hidden}"
         with report.trying("maf", label):
             sizes = small(features, 6), (small(hidden, 8), small(hidden, 8))
-            flow = fk.models.MAF(*sizes, small(5, 2)).to(DEVICE).requires_grad_(False)
-            one = fk.models.MAF(*sizes, 1).to(DEVICE).requires_grad_(False)
+            flow = model(*sizes, small(5, 2)).to(DEVICE).requires_grad_(False)
+            one = model(*sizes, 1).to(DEVICE).requires_grad_(False)
             made = [m for m in flow.modules() if isinstance(m, fk.nn.MADE)]
             pairs = sum(int(mask.sum()) for m in made for mask in m.plan.masks)
             for batch in batches:
                 with report.trying("maf", f"{label} B={batch}"):
-                    _maf(report, f"{label} B={batch}", backends, flow, one, small(batch, 4), sizes[0], pairs)
-            z = tensor(small(1024, 4), sizes[0])
+                    _maf(report, chain, f"{label} B={batch}", backends, flow, one, small(batch, 4), sizes[0], pairs)
             flow.requires_grad_(True)
-
-            def rsample() -> list[Any]:
-                x, logdet = flow.inverse(z)
-                return list(torch.autograd.grad(x.square().sum() + logdet.sum(), list(flow.parameters())))
-
-            for name in backends:
-                report.time("maf", f"inverse forward+backward, 5 transforms, {label} B=1024", name,
-                            bound_to(name, rsample), graph=False)  # fmt: skip
+            for batch in (64, 1024, 16384):
+                with report.trying("maf", f"backward, {label} B={batch}"):
+                    case = f"5 transforms, {label} B={batch}"
+                    _maf_backward(report, chain, case, backends, flow, small(batch, 4), sizes[0])
 
 
 def _maf(
-    report: Report, case: str, backends: Sequence[str], flow: Any, one: Any, batch: int, features: int, pairs: int
+    report: Report,
+    chain: str,
+    case: str,
+    backends: Sequence[str],
+    flow: Any,
+    one: Any,
+    batch: int,
+    features: int,
+    pairs: int,
 ) -> None:
     z = tensor(batch, features)
     flops = 2.0 * pairs * batch
@@ -324,29 +360,83 @@ def _maf(
     with on("reference"):
         truth = one.double().inverse(few.double())
     one.float()
+    counts: dict[str, Any] = {"size": batch, "dtype": "float32"}
+    sampling, density = counts | {"line": f"{chain}_inverse"}, counts | {"line": f"{chain}_forward"}
     for name in backends:
         report.time("maf", f"inverse, 1 transform, {case}", name, bound_to(name, lambda: one.inverse(z)),
-                    check=lambda out: relative([t[: len(few)] for t in out], truth), bound=1e-4, flops=flops / 5)  # fmt: skip
+                    check=lambda out: relative([t[: len(few)] for t in out], truth), bound=1e-4 if chain == "maf" else 1e-3, flops=flops / 5,
+                    **sampling)  # fmt: skip
         # The right answer of a long chain is what the density direction takes back to where it came from.
         report.time("maf", f"inverse, 5 transforms, {case}", name, bound_to(name, lambda: flow.inverse(z)),
-                    check=lambda out: relative([flow.transform(out[0])[0]], [z]), bound=1e-2, flops=flops)  # fmt: skip
+                    check=lambda out: relative([flow.transform(out[0])[0]], [z]), bound=1e-2, flops=flops,
+                    **sampling)  # fmt: skip
         report.time("maf", f"log_prob, 5 transforms, {case}", name, bound_to(name, lambda: flow.log_prob(z)),
-                    flops=flops)  # fmt: skip
+                    flops=flops, **density)  # fmt: skip
     report.time("maf", f"log_prob, 5 transforms, {case}", "eager masks",
                 bound_to("reference", lambda: flow.log_prob(z)), flops=flops)  # fmt: skip
-    if batch in (1, 1000, 1024):
+    if batch in (1, 1024):
         for graph in (True, False):
             report.time("maf", f"inverse, 1 transform, {case}", f"naive loop, {'CUDA graph' if graph else 'eager'}",
                         bound_to("reference", lambda: one.inverse(z)), graph=graph)  # fmt: skip
 
 
+def _maf_backward(
+    report: Report, chain: str, case: str, backends: Sequence[str], flow: Any, batch: int, features: int
+) -> None:
+    """The backward operator of either direction, and sampling with its gradient."""
+    import torch
+
+    from flowkernels.ops.maf.autograd import Maf
+
+    z = tensor(batch, features)
+    for way, run in (("inverse", flow.inverse), ("forward", flow.transform)):
+        for name in backends:
+            y, logdet = bound_to(name, partial(run, z))()
+            given = torch.randn_like(y), torch.randn_like(logdet)
+            # Called as autograd calls it, but in this thread, for which the backend is chosen.
+            with torch.no_grad():
+                report.time("maf", f"{way} backward, {case}", name, bound_to(name, partial(Maf.backward, y.grad_fn, *given, None)),
+                            line=f"{chain}_{way}_backward", size=batch, dtype="float32")  # fmt: skip
+
+    def rsample() -> list[Any]:
+        x, logdet = flow.inverse(z)
+        return list(torch.autograd.grad(x.square().sum() + logdet.sum(), list(flow.parameters())))
+
+    report.time("maf", f"inverse forward+backward, {case}", "auto", rsample, graph=False)
+
+
 def gumbel(report: Report) -> None:
-    for rows, classes in ((65536, 1024), (65536, 256), (4096, 50257)):
-        with report.trying("gumbel_softmax", f"{rows}x{classes}"):
-            _gumbel(report, f"{rows}x{classes}", small(rows), small(classes))
+    for rows, classes in ((65536, 1024), (65536, 256), (4096, 50257), (4096, 256), (64, 256)):
+        case = f"{rows}x{classes}"
+        with report.trying("gumbel_softmax", case):
+            _gumbel(report, case, small(rows), small(classes), compiled=rows * classes > 1 << 20)
+        for samples in (1, 16):
+            with report.trying("gumbel_argmax", f"k={samples} {case}"):
+                _gumbel_argmax(report, f"k={samples} {case}", small(rows), small(classes), samples)
 
 
-def _gumbel(report: Report, case: str, rows: int, classes: int) -> None:
+def _gumbel_argmax(report: Report, case: str, rows: int, classes: int, samples: int) -> None:
+    import torch
+
+    from flowkernels.ops.gumbel_argmax import reference
+
+    logits, seed = tensor(rows, classes), torch.tensor(1234567, device=DEVICE)
+    few, bytes_read = slice(0, 256), 4 * logits.numel()
+    truth = reference.gumbel_argmax(logits[few].contiguous(), seed, 0, samples)
+
+    def wrong(out: Any) -> float:
+        """The share of samples that are others: where rounding decides, that may be."""
+        return float((out[0][few] != truth[0]).double().mean()) + relative([out[2][few]], [truth[2]])
+
+    for name in ("cuda", "triton"):
+        if have(report, name, "gumbel_argmax"):
+            report.kernel("gumbel_argmax", case, name, "gumbel_argmax", logits, seed, 0, samples,
+                          check=wrong, bound=5e-3, moved=bytes_read)  # fmt: skip
+    report.time("gumbel_argmax", case, "torch.multinomial",
+                lambda: torch.multinomial(logits.softmax(-1), samples, replacement=samples > 1), moved=bytes_read)  # fmt: skip
+
+
+def _gumbel(report: Report, case: str, rows: int, classes: int, *, compiled: bool) -> None:
     import torch
 
     from flowkernels import _cuda
@@ -361,21 +451,20 @@ def _gumbel(report: Report, case: str, rows: int, classes: int) -> None:
     for name in ("cuda", "triton"):
         if not have(report, name, "gumbel_softmax"):
             continue
-        run = _cuda._kernel(name, "gumbel_softmax")
-        back = _cuda._kernel(name, "gumbel_softmax_backward")
         for hard in (False, True):
-            report.time("gumbel_softmax", f"forward hard={hard} {case}", name, partial(run, logits, tau, seed, 0, hard),
-                        check=None if hard else lambda out: relative([out[few]], truth), bound=1e-5, moved=2 * size)  # fmt: skip
-        y = run(logits, tau, seed, 0, False)
-        report.time("gumbel_softmax", f"backward {case}", name, partial(back, logits, y, tau, False), moved=3 * size)
+            report.kernel("gumbel_softmax", f"forward hard={hard} {case}", name, "gumbel_softmax", logits, tau, seed, 0, hard,
+                          check=None if hard else lambda out: relative([out[few]], truth), bound=1e-5, moved=2 * size)  # fmt: skip
+        y = _cuda._kernel(name, "gumbel_softmax")(logits, tau, seed, 0, False)
+        report.kernel("gumbel_softmax", f"backward {case}", name, "gumbel_softmax_backward", logits, y, tau, False,
+                      moved=3 * size)  # fmt: skip
     function = torch.nn.functional.gumbel_softmax
     report.time(
         "gumbel_softmax", f"forward hard=False {case}", "F.gumbel_softmax", lambda: function(logits), moved=2 * size
     )
-    if DRY:
+    if DRY or not compiled:
         return
-    compiled = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
-    report.time("gumbel_softmax", f"forward hard=False {case}", "torch.compile", lambda: compiled(logits),
+    fused = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    report.time("gumbel_softmax", f"forward hard=False {case}", "torch.compile", lambda: fused(logits),
                 moved=2 * size, graph=False)  # fmt: skip
 
 
@@ -383,23 +472,26 @@ def masked_linear(report: Report) -> None:
     import torch
 
     backends = [name for name in ("cuda", "triton") if have(report, name, "masked_linear")]
-    width = small(1024)
     half = torch.float16 if DRY else torch.bfloat16  # interpreted, Triton multiplies bfloat16 wrongly
-    for degrees, label in (
-        (torch.arange(width, device=DEVICE), "sorted"),
-        (torch.randperm(width, device=DEVICE), "shuffled"),
+    every = ("sorted", "shuffled")
+    for width, batches, dtypes, labels in (
+        (1024, (1024, 16384), (torch.float32, half), every),
+        (256, (1024,), (torch.float32,), every[:1]),
+        (128, (64,), (torch.float32,), every[:1]),
     ):
-        for dtype in (torch.float32, half):
-            for batch in (1024, 16384):
-                case = f"{batch}x{width} {str(dtype).removeprefix('torch.')} {label}"
-                with report.trying("masked_linear", case):
-                    _masked_linear(report, case, backends, degrees, small(batch), dtype)
+        for label in labels:
+            order = torch.arange if label == "sorted" else torch.randperm
+            degrees = order(small(width), device=DEVICE)
+            for dtype in dtypes:
+                for batch in batches:
+                    case = f"{batch}x{width} {str(dtype).removeprefix('torch.')} {label}"
+                    with report.trying("masked_linear", case):
+                        _masked_linear(report, case, backends, degrees, small(batch), dtype)
 
 
 def _masked_linear(report: Report, case: str, backends: Sequence[str], degrees: Any, batch: int, dtype: Any) -> None:
     import torch
 
-    from flowkernels import _cuda
     from flowkernels.ops.masked_linear import reference
 
     linear: Callable[..., Any] = reference.masked_linear
@@ -414,12 +506,12 @@ def _masked_linear(report: Report, case: str, backends: Sequence[str], degrees: 
     ]  # fmt: skip
     flops = 2.0 * batch * int(mask.sum())
     for name in backends:
-        run, back = (_cuda._kernel(name, op) for op in ("masked_linear", "masked_linear_backward"))
-        report.time("masked_linear", f"forward relu {case}", name, partial(run, x, weight, bias, degrees, degrees, False, 1),
-                    check=lambda out: relative([out[:64]], [exact]), bound=bound, flops=flops)  # fmt: skip
-        report.time("masked_linear", f"backward {case}", name,
-                    partial(back, grad, x, weight, degrees, degrees, False, True, True), flops=2 * flops,
-                    check=lambda out: relative([out[0][:64], *out[1:]], exact_back), bound=bound)  # fmt: skip
+        report.kernel("masked_linear", f"forward relu {case}", name, "masked_linear",
+                      x, weight, bias, degrees, degrees, False, 1,
+                      check=lambda out: relative([out[:64]], [exact]), bound=bound, flops=flops)  # fmt: skip
+        report.kernel("masked_linear", f"backward {case}", name, "masked_linear_backward",
+                      grad, x, weight, degrees, degrees, False, True, True, flops=2 * flops,
+                      check=lambda out: relative([out[0][:64], *out[1:]], exact_back), bound=bound)  # fmt: skip
     cast = mask.to(dtype)
     report.time("masked_linear", f"forward relu {case}", "W*M, cuBLAS",
                 lambda: torch.relu(torch.nn.functional.linear(x, weight * cast, bias)), flops=flops)  # fmt: skip
@@ -437,7 +529,7 @@ def sanitizer(report: Report) -> None:
         return
     script = """
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, spline_plan
+from cases import PLANS, affine_options, check_affine, check_gumbel_argmax, check_maf, check_masked_linear, spline_plan
 from flowkernels.ops.masked_linear import cuda
 from flowkernels.transforms import RQSpline
 kernels = torch.ops.flowkernels_cuda
@@ -452,6 +544,8 @@ for inverse in (True, False):
     check_maf(kernels, [spline_plan(spline, 5, [9])], 9, torch.float32, inverse, law=spline, device="cuda")
 for dtype in (torch.float32, torch.bfloat16):
     check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, dtype, shapes=((70, 130, 150, 12),), device="cuda")
+for rows, classes in ((9, 300), (2, 2100)):
+    check_gumbel_argmax(kernels.gumbel_argmax, rows, classes, torch.float32, device="cuda")
 torch.cuda.synchronize()
 print("FINISHED")
 """
@@ -496,10 +590,10 @@ def tests(report: Report) -> None:
 PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "ceilings": (ceilings, 60),
     "tests": (tests, 150),
-    "maf": (maf, 120),
-    "affine_coupling": (affine_coupling, 100),
-    "gumbel": (gumbel, 80),
-    "masked_linear": (masked_linear, 60),
+    "maf": (maf, 140),
+    "affine_coupling": (affine_coupling, 105),
+    "gumbel": (gumbel, 105),
+    "masked_linear": (masked_linear, 70),
     "sanitizer": (sanitizer, 210),
 }
 
@@ -537,7 +631,7 @@ def describe() -> dict[str, Any]:
         "commit": output("git", "rev-parse", "HEAD") or os.environ.get("FK_COMMIT", "unknown"),
         "uncommitted": bool(output("git", "status", "--porcelain", "--untracked-files=no")),
         "backends": list(fk.available_backends()), "explain": explanation,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }  # fmt: skip
 
 
@@ -586,7 +680,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where that part writes its rows")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument(
+        "--table", action="store_true", help="write the table of choices from what is recorded in --out"
+    )
     arguments = parser.parse_args()
+    if arguments.table:
+        from benchmarks import gpu_choices
+
+        devices = gpu_choices.write(arguments.out)
+        log(f"table of choices: {', '.join(sorted(devices)) or 'nothing was measured'}")
+        return 0
     if arguments.part:
         PARTS[arguments.part][0](Report(arguments.json))
         return 0

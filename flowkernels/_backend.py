@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from flowkernels import _cuda, _library
@@ -25,6 +26,19 @@ _state = _State()
 def backend() -> str:
     """The backend that `use_backend` has chosen in this thread, ``"auto"`` outside of it."""
     return _state.name
+
+
+# Autograd runs the backward of CUDA tensors in threads of its own, where `_state` is as new. What is stashed under this
+# name in the thread that calls backward, torch hands on to them.
+_STASHED = "flowkernels_backend"
+
+
+def backend_of_call() -> str:
+    """`backend`, and in one of autograd's threads that of the thread which called backward."""
+    name = _state.name
+    if name == "auto" and torch._C._is_key_in_tls(_STASHED):
+        name = torch._C._get_obj_in_tls(_STASHED)
+    return name
 
 
 def runs_reference(x: Tensor, operator: str | None = None) -> bool:
@@ -77,7 +91,9 @@ def use_backend(name: str) -> Iterator[None]:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     before, _state.name = _state.name, name
+    torch._C._stash_obj_in_tls(_STASHED, name)
     try:
         yield
     finally:
         _state.name = before
+        torch._C._stash_obj_in_tls(_STASHED, before)

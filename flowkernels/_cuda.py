@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flowkernels import _library
+from flowkernels import _gpu_choices, _library
 
 # The Triton functions of each operator, module and name.
 TRITON = {
@@ -51,11 +51,6 @@ WRAPPED = {
     "affine_coupling_backward": ("flowkernels.ops.affine_coupling.cuda", "affine_coupling_backward"),
 }
 
-# What `auto` tries first, per operator, with where the order comes from. A line is changed only by a measurement:
-# its file in benchmarks/results stands beside it.
-ORDER: dict[str, tuple[tuple[str, ...], str]] = {}
-DEFAULT_ORDER = (("cuda", "triton"), "not measured yet: C++ before Triton")
-
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -64,6 +59,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def has_kernel(name: str, operator: str) -> bool:
     """Whether backend `name` has a kernel for `operator`, leaving aside whether this machine can run it."""
     if name == "cuda":
@@ -126,8 +122,11 @@ def why_not(name: str, operator: str) -> str | None:
     return reason
 
 
-def choose(operator: str, forced: str) -> tuple[str, str]:
-    """(backend, why) for CUDA tensors; `forced` is what `use_backend` asked for, or "auto"."""
+def choose(operator: str, forced: str, call: tuple[str, int] | None = None) -> tuple[str, str]:
+    """(backend, why) for CUDA tensors; `forced` is what `use_backend` asked for, or "auto".
+
+    `call` is what `_gpu_choices.call` says of the arguments. Without it the size is left out: the first that is there.
+    """
     if forced in ("cuda", "triton"):
         reason = why_not(forced, operator)
         if reason is None:
@@ -141,14 +140,52 @@ def choose(operator: str, forced: str) -> tuple[str, str]:
         )
     if forced == "reference":
         return "reference", "asked for by use_backend"
-    order, source = ORDER.get(operator, DEFAULT_ORDER)
+    if call is None:
+        return _available(operator, _gpu_choices.BACKENDS[0], _gpu_choices.NOT_MEASURED)
+    line, size = call
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return next((name, why) for end, name, why in _choices(operator, line, device) if size <= end)
+
+
+def _available(operator: str, first: str, source: str) -> tuple[str, str]:
+    """(backend, why): `first`, or the other one, or the reference."""
     reasons: list[str] = []
-    for name in order:
+    for name in (first, *(other for other in _gpu_choices.BACKENDS if other != first)):
         reason = why_not(name, operator)
         if reason is None:
             return name, "; ".join([source, *reasons])
         reasons.append(f"not {name}: {reason}")
     return "reference", "; ".join(reasons)
+
+
+@functools.cache
+def _choices(operator: str, line: str, device: int | None) -> list[tuple[float, str, str]]:
+    """(size up to which, backend, why) on this device, which never changes while a process runs."""
+    if not torch.cuda.is_available():
+        return [(float("inf"), *_available(operator, _gpu_choices.BACKENDS[0], _gpu_choices.NOT_MEASURED))]
+    firsts, source = _gpu_choices.first_choices(line, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    return [(end, *_available(operator, name, source)) for end, name in firsts]
+
+
+def describe(operator: str) -> dict[str, tuple[str, str]]:
+    """(backends with the sizes up to which each is chosen, why) of an operator's kernels, forwards and backwards.
+
+    Where all go the same way, of the operator as a whole.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    found = {}
+    for one in (operator, f"{operator}_backward"):
+        unit, kernels = _gpu_choices.LINES.get(one, ("", []))
+        for line in kernels:
+            parts: list[tuple[float, str]] = []
+            for end, name, _ in (choices := _choices(one, line, device)):
+                if parts and parts[-1][1] == name:
+                    parts.pop()
+                parts.append((end, name))
+            words = [f"{name} up to {end:,} {unit}" for end, name in parts[:-1]]
+            words.append(f"above that {parts[-1][1]}" if words else parts[-1][1])
+            found[line] = ", ".join(words), "; ".join(dict.fromkeys(why for *_, why in choices))
+    return {operator: found[next(iter(found))]} if len(set(found.values())) == 1 else found
 
 
 @functools.cache
@@ -172,13 +209,13 @@ _CODES_AT = {"maf": 4, "maf_backward": 7}
 
 def run(operator: str, reference: Callable[..., Any], *args: Any) -> Any:
     """An operator on CUDA tensors."""
-    from flowkernels._backend import backend
+    from flowkernels._backend import backend_of_call
 
     if operator in _CODES_AT:
         from flowkernels.ops.maf.autograd import form_of
 
         operator = operator.replace("maf", form_of(args[_CODES_AT[operator]]))
-    name, _ = choose(operator, backend())
+    name, _ = choose(operator, backend_of_call(), _gpu_choices.call(operator, args))
     if name != "triton":
         return (reference if name == "reference" else _kernel(name, operator))(*args)
     # Triton launches on the current device, whatever its tensors say; C++ kernels look at the tensors.
@@ -197,8 +234,7 @@ def explain() -> list[str]:
         return ["GPU: torch sees no CUDA device"]
     lines = [f"GPU: {torch.cuda.get_device_name()}"]
     for operator in ("affine_coupling", "masked_linear", "maf", "maf_spline", "gumbel_softmax", "gumbel_argmax"):
-        name, why = choose(operator, "auto")
-        lines.append(f"  {operator}: {name} ({why})")
+        lines += [f"  {kernel}: {backends} ({why})" for kernel, (backends, why) in describe(operator).items()]
     properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     room = properties.shared_memory_per_block_optin
     if room < 160 * 1024:

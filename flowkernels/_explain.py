@@ -162,7 +162,11 @@ def _decide(like: Tensor) -> tuple[str, str]:
         return chosen, f"use_backend({chosen!r}) is in force"
     if not _backend.runs_reference(like):
         if like.device.type == "cuda":
-            return _cuda.choose("maf", "auto")
+            found = _cuda.describe("maf")
+            if len(found) == 1:
+                return found["maf"]
+            told = (f"{kernel}: {backends} ({why})" for kernel, (backends, why) in found.items())
+            return "by size", "; ".join(told)
         return "cpu", _level()
     if like.device.type == "cpu":
         return "reference", f"slow, because {_backend.why_unavailable('cpu')}"

@@ -30,6 +30,9 @@ NOT_SOURCES = shutil.ignore_patterns(
     ".*", "build", "dist", "out", "*.egg-info", "*.so", "*.pyd", "*.o", "__pycache__", "venv"
 )
 
+# Stands for the table that GPUs are measured for, so that there is one to be packed.
+CHOICES = '{"Nothing": {"capability": [0, 0], "choices": {}}}'
+
 # What runs inside each installation. Only public names; the same seed gives the same network in both.
 PROBE = """
 import json, pathlib, sys
@@ -49,6 +52,7 @@ json.dump({
     "home": str(home),
     "metadata": version("flowkernels"),
     "typed": (home / "py.typed").is_file(),
+    "choices": fk._gpu_choices.TABLE.read_text(),
     "libraries": sorted(p.name for p in home.glob("_C*")),
     "backends": list(fk.available_backends()),
     "log_prob": log_prob.tolist(),
@@ -99,6 +103,7 @@ def source_distribution(python: Path, where: Path) -> Path:
     """Copy what a clean checkout holds, pack it as an sdist and remove the copy."""
     tree = where / "tree"
     shutil.copytree(ROOT, tree, ignore=NOT_SOURCES)
+    (tree / "flowkernels" / "gpu_choices.json").write_text(CHOICES)
     build = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
     call(python, "-c", build, where, cwd=tree, FLOWKERNELS_BUILD="0")
     shutil.rmtree(tree)
@@ -114,6 +119,7 @@ def probe(python: Path, where: Path) -> dict:
     assert Path(told["home"]).is_relative_to(where), f"imported from {told['home']}, not from {where}"
     assert told["metadata"] == version["__version__"], told["metadata"]
     assert told["typed"], "py.typed is missing from the package"
+    assert told["choices"] == CHOICES, told["choices"]
     assert "reference" in told["backends"], told["backends"]
     assert len(told["log_prob"]) == 7, told["log_prob"]
     assert all(map(math.isfinite, told["log_prob"])), told["log_prob"]

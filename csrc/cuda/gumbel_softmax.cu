@@ -1,14 +1,10 @@
 // gumbel_softmax on CUDA. A row belongs to a warp, or to a block when it is long; a thread draws the four words of one
-// block of the stream for four neighbours. The noise of the first kKeptQuads groups of a thread stays in registers,
+// block of the stream for four neighbours. The noise of the first kLaneQuads groups of a thread stays in registers,
 // that of longer rows is drawn twice and never stored.
 #include "common/philox.h"
-#include "cuda/launch.h"
+#include "cuda/row.h"
 
 namespace fk {
-
-inline constexpr int kGumbelThreads = 256;
-inline constexpr int kGumbelWarps = kGumbelThreads / kWarp;
-inline constexpr int kKeptQuads = 6;
 
 template <class T>
 struct GumbelCall {
@@ -43,25 +39,6 @@ __device__ inline SoftMax<T> merge(const SoftMax<T>& a, const SoftMax<T>& b, T t
           second ? b.index : a.index};
 }
 
-// Over the threads of a row, in a fixed order; every thread gets the result.
-template <class T>
-__device__ inline SoftMax<T> merge_row(SoftMax<T> mine, T tau, bool wide, SoftMax<T>* shared) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const SoftMax<T> other{__shfl_xor_sync(kAllLanes, mine.top, step), __shfl_xor_sync(kAllLanes, mine.sum, step),
-                           __shfl_xor_sync(kAllLanes, mine.index, step)};
-    // Both sides of a pair have to add in the same order.
-    mine = (threadIdx.x & step) ? merge(other, mine, tau) : merge(mine, other, tau);
-  }
-  if (wide) {
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = mine;
-    __syncthreads();
-    mine = shared[0];
-    for (int w = 1; w < kGumbelWarps; ++w) mine = merge(mine, shared[w], tau);
-  }
-  return mine;
-}
-
 // logits + noise of the four elements from 4 * block on; -inf where they do not belong to row r.
 template <class T>
 __device__ inline void perturbed(T (&p)[4], const GumbelCall<T>& a, int64_t r, int64_t first,
@@ -77,17 +54,15 @@ __device__ inline void perturbed(T (&p)[4], const GumbelCall<T>& a, int64_t r, i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGumbelThreads) gumbel_softmax_kernel(const GumbelCall<T> a) {
-  __shared__ SoftMax<T> shared[kGumbelWarps];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t r = a.wide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kGumbelWarps + threadIdx.x / kWarp;
-  const int thread = a.wide ? static_cast<int>(threadIdx.x) : lane, threads = a.wide ? kGumbelThreads : kWarp;
+__global__ void __launch_bounds__(kRowThreads) gumbel_softmax_kernel(const GumbelCall<T> a) {
+  __shared__ SoftMax<T> shared[kRowWarps];
+  const auto [r, thread, threads] = row_thread(a.wide);
   if (r >= a.rows) return;  // the whole warp, or the whole block
   const RandomStream stream{static_cast<std::uint64_t>(*a.seed), static_cast<std::uint64_t>(a.stream)};
   const T tau = a.tau[r * a.tau_stride];
   const int64_t begin = r * a.classes / 4 * 4 + 4 * thread, end = (r + 1) * a.classes, step = 4 * threads;
   SoftMax<T> row{-std::numeric_limits<T>::infinity(), T(0), end};
-  T kept[kKeptQuads][4];
+  T kept[kLaneQuads][4];
   auto add = [&](const T(&p)[4], int64_t first) {
     T top = row.top;
 #pragma unroll
@@ -106,19 +81,20 @@ __global__ void __launch_bounds__(kGumbelThreads) gumbel_softmax_kernel(const Gu
     row.top = top;
   };
 #pragma unroll
-  for (int q = 0; q < kKeptQuads; ++q) {
+  for (int q = 0; q < kLaneQuads; ++q) {
     const int64_t first = begin + q * step;
     if (first < end) {
       perturbed(kept[q], a, r, first, stream);
       add(kept[q], first);
     }
   }
-  for (int64_t first = begin + kKeptQuads * step; first < end; first += step) {
+  for (int64_t first = begin + kLaneQuads * step; first < end; first += step) {
     T p[4];
     perturbed(p, a, r, first, stream);
     add(p, first);
   }
-  row = merge_row(row, tau, a.wide, shared);
+  row = merge_row(row, a.wide, shared,
+                  [tau](const SoftMax<T>& first, const SoftMax<T>& second) { return merge(first, second, tau); });
   auto write = [&](const T(&p)[4], int64_t first) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -130,9 +106,9 @@ __global__ void __launch_bounds__(kGumbelThreads) gumbel_softmax_kernel(const Gu
     }
   };
 #pragma unroll
-  for (int q = 0; q < kKeptQuads; ++q)
+  for (int q = 0; q < kLaneQuads; ++q)
     if (begin + q * step < end) write(kept[q], begin + q * step);
-  for (int64_t first = begin + kKeptQuads * step; first < end; first += step) {
+  for (int64_t first = begin + kLaneQuads * step; first < end; first += step) {
     T p[4];
     perturbed(p, a, r, first, stream);
     write(p, first);
@@ -147,18 +123,16 @@ __device__ inline T sum_row(T v, bool wide, T* shared) {
     if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = v;
     __syncthreads();
     v = T(0);
-    for (int w = 0; w < kGumbelWarps; ++w) v += shared[w];
+    for (int w = 0; w < kRowWarps; ++w) v += shared[w];
   }
   return v;
 }
 
 // From y alone: (y / tau) (grad - sum y grad), and for tau - sum of that times log y. `logits` is y here.
 template <class T>
-__global__ void __launch_bounds__(kGumbelThreads) gumbel_softmax_backward_kernel(const GumbelCall<T> a) {
-  __shared__ T shared[kGumbelWarps];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t r = a.wide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kGumbelWarps + threadIdx.x / kWarp;
-  const int thread = a.wide ? static_cast<int>(threadIdx.x) : lane, threads = a.wide ? kGumbelThreads : kWarp;
+__global__ void __launch_bounds__(kRowThreads) gumbel_softmax_backward_kernel(const GumbelCall<T> a) {
+  __shared__ T shared[kRowWarps];
+  const auto [r, thread, threads] = row_thread(a.wide);
   if (r >= a.rows) return;
   const T tau = a.tau[r * a.tau_stride];
   T dot = T(0);
@@ -178,11 +152,6 @@ __global__ void __launch_bounds__(kGumbelThreads) gumbel_softmax_backward_kernel
   }
 }
 
-inline bool is_wide(const OnDevice& device, int64_t rows, int64_t classes) {
-  return classes > 4 * kWarp * kKeptQuads ||
-         (classes > 256 && rows < 16 * static_cast<int64_t>(device.multiprocessors()));
-}
-
 Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream, bool hard) {
   const OnDevice device(logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
@@ -200,8 +169,7 @@ Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& see
     a.hard = hard;
     a.wide = is_wide(device, rows, classes);
     a.y = static_cast<T*>(y.mutable_data_ptr());
-    launch(device, "gumbel_softmax", gumbel_softmax_kernel<T>, blocks_for(rows, a.wide ? 1 : kGumbelWarps),
-           kGumbelThreads, 0, a);
+    launch(device, "gumbel_softmax", gumbel_softmax_kernel<T>, row_blocks(rows, a.wide), kRowThreads, 0, a);
   });
   return y;
 }
@@ -222,8 +190,8 @@ std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Ten
     a.wide = is_wide(device, rows, classes);
     a.y = static_cast<T*>(grad_logits.mutable_data_ptr());
     a.grad_tau = for_tau ? static_cast<T*>(grad_tau.mutable_data_ptr()) : nullptr;
-    launch(device, "gumbel_softmax_backward", gumbel_softmax_backward_kernel<T>,
-           blocks_for(rows, a.wide ? 1 : kGumbelWarps), kGumbelThreads, 0, a);
+    launch(device, "gumbel_softmax_backward", gumbel_softmax_backward_kernel<T>, row_blocks(rows, a.wide), kRowThreads,
+           0, a);
   });
   return {grad_logits, grad_tau};
 }

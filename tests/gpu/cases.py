@@ -11,10 +11,12 @@ from torch import Tensor
 
 from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.gumbel_argmax import reference as argmax
 from flowkernels.ops.maf import Step, _reference_chain
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.masked_linear import reference as linear
 from flowkernels.plan import Plan
+from flowkernels.random import KINDS, reference_noise, uniform_of_pairs, words
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
 from flowkernels.testing import _shaken
 from flowkernels.transforms import Spline, as_transform, code_and_numbers
@@ -292,3 +294,42 @@ def check_masked_linear(
                 assert_as_close(f"gradient of {name} {samples} {dtype}", *values)
             neither = backward(g, x, w, i, o, strict, False, False)
             assert [t.shape[0] for t in neither] == [0, 0, 0]
+
+
+# ---- categorical samples ---------------------------------------------------------------------------------------
+
+
+def check_gumbel_argmax(
+    kernel: Callable[..., tuple[Tensor, ...]], rows: int, classes: int, dtype: torch.dtype, *,
+    samples: Sequence[int] = (0, 1, 2, 3, 40, 1500), device: str = "cpu",
+) -> None:  # fmt: skip
+    """The reference's samples, but for those that rounding decides; a third of the categories is impossible."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = (2 * torch.randn(classes, rows, generator=generator, dtype=torch.float64).to(device, dtype)).T
+    if classes > 3:
+        logits[:, torch.randperm(classes, generator=generator)[: classes // 3].to(device)] = -torch.inf
+    seed, stream, eps = torch.tensor(0x123456789ABCDEF, device=device), 3, torch.finfo(dtype).eps
+    for count in samples:
+        index, log_prob, normaliser = kernel(logits, seed, stream, count)
+        theirs, _, plain = argmax.gumbel_argmax(logits, seed, stream, count)
+        assert index.shape == theirs.shape
+        if rows == 0:
+            continue
+        row, sample = (index != theirs).nonzero(as_tuple=True)
+        low, high = torch.minimum(index, theirs)[row, sample], torch.maximum(index, theirs)[row, sample]
+        if count == 1:
+            noise = reference_noise(seed, stream, 0, rows * classes, KINDS.index("gumbel"), dtype == torch.float64)
+            values = logits + noise.reshape(rows, classes)
+            assert torch.allclose(values[row, low], values[row, high], rtol=8 * eps, atol=8 * eps)
+        else:
+            sums = logits.double().softmax(-1).cumsum(-1)
+            uniform = uniform_of_pairs(words(seed, stream, 2 * rows * count).reshape(rows, count, 2))[row, sample]
+            for between in (low, high - 1):
+                assert torch.allclose(sums[row, between], uniform, rtol=0, atol=8 * eps)
+        assert logits.gather(-1, index).isfinite().all(), "an impossible category"
+        exact = argmax.gumbel_argmax(logits.double(), seed, stream, count)[2]
+        for name, *values in (
+            ("log_prob", log_prob, argmax.log_prob(logits, index), argmax.log_prob(logits.double(), index)),
+            ("normaliser", normaliser, plain, exact),
+        ):
+            assert_as_close(f"gumbel_argmax {name} {rows} x {classes} k={count} {dtype}", *values)

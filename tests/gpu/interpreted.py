@@ -11,6 +11,7 @@ from cases import (
     affine_options,
     assert_as_close,
     check_affine,
+    check_gumbel_argmax,
     check_maf,
     check_masked_linear,
     made_masks,
@@ -80,7 +81,6 @@ def either_layout() -> None:
 
 
 def gumbel() -> None:
-    from flowkernels.ops.gumbel_argmax import reference as argmax_reference
     from flowkernels.ops.gumbel_argmax import triton as argmax
     from flowkernels.ops.gumbel_softmax import reference, triton
 
@@ -106,12 +106,7 @@ def gumbel() -> None:
             ):
                 assert_as_close("gumbel_softmax_backward", a, b, c)
             del exact
-            for samples in (1, 3, 40):
-                ours = argmax.gumbel_argmax(logits, seed, stream, samples)
-                theirs = argmax_reference.gumbel_argmax(logits, seed, stream, samples)
-                assert torch.equal(ours[0], theirs[0])
-                for a, b in zip(ours[1:], theirs[1:], strict=True):
-                    assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+        check_gumbel_argmax(argmax.gumbel_argmax, rows, classes, torch.float32, samples=(0, 1, 3, 40))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
+from cases import (
+    PLANS,
+    affine_options,
+    check_affine,
+    check_gumbel_argmax,
+    check_maf,
+    check_masked_linear,
+    made_masks,
+    spline_plan,
+)
 
 import flowkernels as fk
 from flowkernels.ops.maf import cuda as maf_cuda
@@ -208,7 +218,7 @@ def test_under_other_circumstances(host_kernels: Any, setting: str) -> None:
     """Threads run in the other order, and less shared memory: the results stay right. A missing barrier would show."""
     script = """
 import torch, build
-from cases import PLANS, check_maf, check_masked_linear
+from cases import PLANS, check_gumbel_argmax, check_maf, check_masked_linear
 from flowkernels.ops.masked_linear import cuda
 build.load_host_libraries()
 check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.float32)
@@ -216,6 +226,8 @@ check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.bfloa
 for plan in ("two_layers", "shuffled", "several_blocks", "residual_context"):
     for inverse in (True, False):
         check_maf(torch.ops.flowkernels_cuda, [PLANS[plan]()], 9, torch.float32, inverse)
+for rows, classes in ((9, 300), (2, 2100)):
+    check_gumbel_argmax(torch.ops.flowkernels_cuda.gumbel_argmax, rows, classes, torch.float32)
 """
     here = Path(__file__).parent
     path = os.pathsep.join(
@@ -261,3 +273,42 @@ def test_gumbel_softmax_of_impossible_rows(host_kernels: Any) -> None:
         y = host_kernels.gumbel_softmax(logits, torch.ones(3), torch.tensor(1), 0, hard)
         assert y[:2].isnan().all()
         assert y[2].tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (7, 5), (70, 6), (3, 130), (70, 300), (2, 1025), (1, 9001)], ids=str)
+def test_gumbel_argmax(host_kernels: Any, shape: tuple[int, int]) -> None:
+    """A row to a warp and to a block, one tile and several, many samples of few rows and few of many."""
+    for dtype in FLOATS:
+        check_gumbel_argmax(host_kernels.gumbel_argmax, *shape, dtype)
+
+
+def test_gumbel_argmax_takes_the_first_of_equals(host_kernels: Any) -> None:
+    """Logits so large that adding the noise changes nothing."""
+    for classes in (5, 900):
+        logits = torch.zeros(3, classes)
+        logits[:, [1, classes // 2, classes - 1]] = 1e12
+        index, _, _ = host_kernels.gumbel_argmax(logits, torch.tensor(7), 0, 1)
+        assert index.tolist() == [[1]] * 3
+
+
+def test_gumbel_argmax_of_a_certain_category(host_kernels: Any) -> None:
+    """Its log-probability keeps the digits that log(1 + tiny) would lose."""
+    for classes in (2, 1000):
+        logits = torch.full((1, classes), -30.0)
+        logits[0, classes // 2] = 0.0
+        expected = torch.tensor(-math.log1p((classes - 1) * math.exp(-30)))
+        for samples in (1, 2):
+            index, log_prob, _ = host_kernels.gumbel_argmax(logits, torch.tensor(7), 0, samples)
+            assert (index == classes // 2).all()
+            torch.testing.assert_close(log_prob, expected.expand(1, samples), rtol=1e-6, atol=0)
+
+
+def test_gumbel_argmax_of_impossible_rows(host_kernels: Any) -> None:
+    logits = torch.tensor([[-torch.inf] * 3, [0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0], [-torch.inf, 0, -torch.inf]])
+    for samples in (1, 5):
+        index, log_prob, normaliser = host_kernels.gumbel_argmax(logits, torch.tensor(1), 0, samples)
+        assert ((index >= 0) & (index < 3)).all()
+        assert log_prob[:3].isnan().all()
+        assert normaliser[:3, 1].isnan().all()
+        assert index[3].tolist() == [1] * samples
+        assert log_prob[3].tolist() == [0.0] * samples

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu_choices
+from flowkernels import _cuda, _gpu_choices
+
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE.parent / "cuda"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
 
@@ -38,8 +41,91 @@ print("ROWS", json.dumps(rows))
     rows = json.loads(out.split("ROWS", 1)[1])
     assert not [row for row in rows if "failed" in row or "wrong" in row]
     seen = {(row["family"], row["variant"]) for row in rows}
-    for family in ("affine_coupling", "maf", "gumbel_softmax", "masked_linear"):
+    for family in ("affine_coupling", "maf", "gumbel_softmax", "gumbel_argmax", "masked_linear"):
         assert {(family, "cuda"), (family, "triton")} <= seen, family
+    # What there are two backends for is timed on both, of several sizes, with all that a choice needs.
+    cases: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        if "line" in row and row["dtype"] == "float32":
+            assert row["call_ms"] > 0
+            assert isinstance(row["size"], int)
+            cases.setdefault((row["line"], row["variant"]), set()).add(row["case"])
+    for operator in set(_cuda.TRITON) - {"maf_pack"}:
+        for line in _gpu_choices.LINES[operator][1]:
+            assert len(cases[line, "cuda"]) >= 3, line
+            assert cases[line, "cuda"] == cases[line, "triton"], line
+
+
+def row(line: str, size: int, backend: str, ms: float, case: str = "a case", **more: Any) -> dict[str, Any]:
+    return {
+        "line": line, "size": size, "variant": backend, "call_ms": ms, "case": case, "dtype": "float32", **more
+    }  # fmt: skip
+
+
+def recorded(device: str, date: str, *rows: dict[str, Any], capability: tuple[int, int] = (9, 0)) -> str:
+    return json.dumps({"about": {"device": device, "capability": capability, "date": date}, "rows": rows})
+
+
+def test_the_table_of_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From rows made up to the choice, through the file."""
+    both = [row("affine_coupling", 100, "cuda", 2.0), row("affine_coupling", 100, "triton", 1.0)]
+    both += [row("affine_coupling", 10_000, "cuda", 3.0), row("affine_coupling", 10_000, "triton", 4.0)]
+    ignored = [
+        row("affine_coupling", 10_000, "cuda", 9.0, dtype="bfloat16"),
+        row("affine_coupling", 10_000, "eager", 0.1),
+        row("affine_coupling", 1, "cuda", 0.1),  # without the other there is nothing to choose
+        row("maf_inverse", 7, "cuda", 0.1),
+        {"family": "affine_coupling", "case": "a case", "variant": "triton", "failed": "something"},
+    ]
+    # Ten times faster in one case counts more than twice slower in another, whatever takes longer.
+    mixed = [
+        row("maf_forward", 64, "cuda", 0.1, "short"), row("maf_forward", 64, "triton", 1.0, "short"),
+        row("maf_forward", 64, "cuda", 200.0, "long"), row("maf_forward", 64, "triton", 100.0, "long"),
+    ]  # fmt: skip
+    older = [row("maf_forward", 64, "cuda", 2.0), row("maf_forward", 64, "triton", 1.0)]
+    older += [row("gumbel_softmax", 8, "cuda", 2.0), row("gumbel_softmax", 8, "triton", 1.0)]
+    (tmp_path / "gpu-b.json").write_text(recorded("A GPU", "2026-01-02 00:00 UTC", *both, *ignored, *mixed))
+    (tmp_path / "gpu-c.json").write_text(recorded("A GPU", "2026-01-01 00:00 UTC", *older))
+    (tmp_path / "gpu-a.json").write_text(recorded("Old GPU", "2026-01-03 00:00 UTC", *both[:2], capability=(8, 0)))
+    (tmp_path / "flows.json").write_text("[]")
+    target = tmp_path / "table.json"
+    files = sorted(tmp_path.glob("gpu-*"))
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(files))
+    gpu_choices.write(tmp_path, target)
+    assert json.loads(target.read_text()) == {
+        "A GPU": {
+            "capability": [9, 0],
+            "choices": {
+                "affine_coupling": {"source": "gpu-b.json", "up_to": [[1000, "triton"], [None, "cuda"]]},
+                "gumbel_softmax": {"source": "gpu-c.json", "up_to": [[None, "triton"]]},
+                "maf_forward": {"source": "gpu-b.json", "up_to": [[None, "cuda"]]},
+            },
+        },
+        "Old GPU": {
+            "capability": [8, 0],
+            "choices": {"affine_coupling": {"source": "gpu-a.json", "up_to": [[None, "triton"]]}},
+        },
+    }
+    text = target.read_text()
+    assert '   "maf_forward": {"source": "gpu-b.json", "up_to": [[null, "cuda"]]}\n' in text
+    files.reverse()  # a folder has no order
+    gpu_choices.write(tmp_path, target)
+    assert target.read_text() == text
+    monkeypatch.setattr(_gpu_choices, "TABLE", target)
+    _gpu_choices.table.cache_clear()
+    try:
+        ends, source = _gpu_choices.first_choices("affine_coupling", "A GPU", (9, 0))
+    finally:
+        _gpu_choices.table.cache_clear()
+    assert ends == [(1000, "triton"), (float("inf"), "cuda")]
+    assert source == "measured on A GPU: gpu-b.json"
+
+
+def test_no_measurement_no_table(tmp_path: Path) -> None:
+    target = tmp_path / "table.json"
+    target.write_text("what an older run said")
+    assert gpu_choices.write(tmp_path, target) == {}
+    assert not target.exists()
 
 
 def test_a_failing_case_does_not_end_its_part(tmp_path: Path) -> None:

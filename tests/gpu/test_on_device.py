@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
+from cases import (
+    PLANS,
+    affine_options,
+    check_affine,
+    check_gumbel_argmax,
+    check_maf,
+    check_masked_linear,
+    made_masks,
+    spline_plan,
+)
 
 import flowkernels as fk
-from flowkernels import _cuda
+from flowkernels import _cuda, _gpu_choices
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import LRSpline, RQSpline
@@ -94,7 +105,6 @@ def test_maf_of_images(name: str) -> None:
 @pytest.mark.parametrize(("rows", "classes"), [(0, 3), (1, 1), (70, 5), (33, 130), (5, 9000), (3, 50257)])
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_gumbel(name: str, rows: int, classes: int) -> None:
-    from flowkernels.ops.gumbel_argmax import reference as argmax_reference
     from flowkernels.ops.gumbel_softmax import reference
 
     kernels = kernels_of(name, "gumbel_softmax")
@@ -115,13 +125,33 @@ def test_gumbel(name: str, rows: int, classes: int) -> None:
         strict=True,
     ):
         assert torch.allclose(a.double(), b, rtol=1e-3, atol=1e-4)
-    if name == "triton":
-        argmax = kernels_of("triton", "gumbel_argmax")
-        for samples in (1, 5):
-            ours = argmax.gumbel_argmax(logits, seed, 0, samples)
-            theirs = argmax_reference.gumbel_argmax(logits, seed, 0, samples)
-            assert torch.equal(ours[0], theirs[0])
-            assert torch.allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(0, 3), (1, 1), (70, 5), (33, 130), (5000, 300), (5, 9000), (3, 50257)])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gumbel_argmax(name: str, rows: int, classes: int) -> None:
+    kernels = kernels_of(name, "gumbel_argmax")
+    for dtype in (torch.float64, torch.float32):
+        check_gumbel_argmax(kernels.gumbel_argmax, rows, classes, dtype, samples=(0, 1, 2, 5, 300), device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_gumbel_argmax_from_outside(name: str, dtype: torch.dtype) -> None:
+    """Every dtype, any dimension, many samples of a single row, and the gradient; the CPU draws the same."""
+    kernels_of(name, "gumbel_argmax")
+    logits = torch.randn(3, 40, 2, dtype=dtype)
+    for x, dim, k in ((logits, 1, 1), (logits, -2, 7), (logits[0, :1].double(), 1, 100_000)):
+        on_device = x.cuda().requires_grad_()
+        with fk.use_backend(name):
+            index, log_prob = fk.ops.gumbel_argmax(on_device, k, dim, seed=5)
+        there, log_there = fk.ops.gumbel_argmax(x, k, dim, seed=5)
+        assert (index.cpu() != there).sum() <= 1  # a rounding of one of the two devices may decide
+        assert log_prob.dtype == log_there.dtype
+        exact = x.double().log_softmax(dim).gather(dim, index.cpu())
+        assert torch.allclose(log_prob.double().cpu(), exact, rtol=1e-3, atol=1e-5)
+        (grad,) = torch.autograd.grad(log_prob.sum(), on_device)
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -135,6 +165,48 @@ def test_masked_linear(name: str, dtype: torch.dtype) -> None:
 
 
 # ---- through the public faces ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(backend, operator) of every kernel that is called, from any thread."""
+    calls: list[tuple[str, str]] = []
+    kernel = _cuda._kernel
+    monkeypatch.setattr(_cuda, "_kernel", lambda *what: (calls.append(what), kernel(*what))[1])
+    return calls
+
+
+def test_auto_goes_by_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran: list[tuple[str, str]]) -> None:
+    for name in ("cuda", "triton"):
+        kernels_of(name, "affine_coupling")
+    choices = {"affine_coupling": {"source": "made-up.json", "up_to": [[12, "triton"], [None, "cuda"]]}}
+    table = {torch.cuda.get_device_name(): {"capability": list(torch.cuda.get_device_capability()), "choices": choices}}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    monkeypatch.setattr(_gpu_choices, "TABLE", tmp_path / "table.json")
+    caches = (_cuda._choices, _gpu_choices.table)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for rows in (3, 4):
+            x = torch.randn(rows, 4, device="cuda")
+            fk.ops.affine_coupling(x, x, x)
+        told = fk.explain()
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert ran == [("triton", "affine_coupling"), ("cuda", "affine_coupling")]
+    assert "affine_coupling: triton up to 12 elements, above that cuda" in told
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backward_is_forced_too(name: str, ran: list[tuple[str, str]]) -> None:
+    """Autograd calls it in a thread of its own."""
+    kernels_of(name, "affine_coupling")
+    x = torch.randn(3, 4, device="cuda", requires_grad=True)
+    with fk.use_backend(name):
+        y, logdet = fk.ops.affine_coupling(x, x, x)
+        (y.sum() + logdet.sum()).backward()
+    assert ran == [(name, "affine_coupling"), (name, "affine_coupling_backward")]
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "triton"])
@@ -167,6 +239,7 @@ def test_captured_in_a_graph(name: str) -> None:
     calls = [
         lambda: flow.inverse(z), lambda: flow.transform(z), lambda: fk.ops.affine_coupling(x, x, x),
         lambda: (layer(z),),
+        lambda: fk.ops.gumbel_argmax(x, seed=5)[1:], lambda: fk.ops.gumbel_argmax(x, 3, seed=5)[1:],
     ]  # fmt: skip
     for plain in calls:
 
