@@ -20,11 +20,11 @@ namespace fk {
 
 // What the warps have to know about one block of steps.
 struct BlockMeta {
-  int block, steps, panels, tasks;
+  int steps, panels, tasks;
   int row0[kChainLayers], rows[kChainLayers], column0[kChainLayers], columns[kChainLayers];
   int64_t offset[kMaxBlockPanels];
   int height[kMaxBlockPanels], depth[kMaxBlockPanels], far[kMaxBlockPanels], slot[kMaxBlockPanels],
-      slots[kMaxBlockPanels];
+      stored[kMaxBlockPanels], slots[kMaxBlockPanels];
   short task_panel[kSlots];
   int task_from[kSlots], task_to[kSlots];
   unsigned char up_to[kChainLayers][kBlockRows + 1];
@@ -66,13 +66,14 @@ struct ChainTile : DeviceTile<T, Backward, false> {
     }
     // Lane p: panel p % 3 of layer p / 3.
     const int l = lane / kPanelsPerLayer, i = lane % kPanelsPerLayer;
-    int far = 0, height = 0;
+    int far = 0, height = 0, depth = 0;
     if (l < net.layers) {
       const DeviceLayer<T>& layer = net.layer[l];
       const int p = static_cast<int>(layer.group[b + 1]) + i;
       if (p < layer.group[b + 2]) {
         const Panel panel = layer.panel[p];
-        const int near = static_cast<int>(layer.columns_up_to[begin]), depth = static_cast<int>(panel.depth);
+        const int near = static_cast<int>(layer.columns_up_to[begin]);
+        depth = static_cast<int>(panel.depth);
         far = b ? static_cast<int>(layer.columns_up_to[before]) : 0;
         far = far < depth ? far : depth;
         height = static_cast<int>(panel.height);
@@ -82,6 +83,7 @@ struct ChainTile : DeviceTile<T, Backward, false> {
     }
     if (lane < kMaxBlockPanels) {
       meta.height[lane] = height;
+      meta.stored[lane] = depth;
       meta.far[lane] = far;
     }
     // Chunks of columns, as small as the slots allow, so that the helping warps share the work evenly.
@@ -108,7 +110,6 @@ struct ChainTile : DeviceTile<T, Backward, false> {
     }
     if (lane == 0) {
       meta.steps = end - begin;
-      meta.block = b;
       meta.panels = net.layers * kPanelsPerLayer;
       meta.tasks = total;
     }
@@ -119,40 +120,67 @@ struct ChainTile : DeviceTile<T, Backward, false> {
                   net.part + slot * kPanelRows * S, meta.height[p]);
   }
 
-  __device__ void near(const BlockMeta& meta) const {
-    for (int p = warp; p < meta.panels; p += 2 * S)
-      if (meta.height[p]) partial(meta, p, meta.far[p], meta.depth[p], p);
-    // The weights inside the block, [column][row]; what a panel does not store is zero.
-    for (int l = 0; l < net.layers; ++l) {
-      const int column0 = meta.column0[l];
-      T* to = shared_memory<T>() + net.diagonal + l * kBlockRows * kBlockRows;
-      const DeviceLayer<T>& layer = net.layer[l];
-      for (int i = thread; i < meta.columns[l] * kBlockRows; i += kTileThreads<T>) {
-        const int c = i / kBlockRows, row = i % kBlockRows, p = l * kPanelsPerLayer + row / kPanelRows;
-        const bool stored = row % kPanelRows < meta.height[p] &&
-                            column0 + c < layer.panel[layer.group[meta.block + 1] + row / kPanelRows].depth;
-        to[i] =
-            stored ? call.packed[meta.offset[p] + static_cast<int64_t>(column0 + c) * meta.height[p] + row % kPanelRows]
-                   : T(0);
+  // Sixteen columns of the weights inside the block, [column][row]; what a panel does not store is zero.
+  static constexpr int kStaged = 16;
+  __device__ void stage(const BlockMeta& meta, int p, int column0) const {
+    constexpr int kLanes = kWarp / kPanelRows;  // columns that a warp loads at once
+    const int l = p / kPanelsPerLayer, row = lane % kPanelRows, height = meta.height[p];
+    if (column0 >= meta.columns[l]) return;
+    T weight[kStaged / kLanes];
+    call.packed.visit(meta.offset[p] + static_cast<int64_t>(meta.column0[l]) * height + row, [&](auto* weights) {
+#pragma unroll
+      for (int i = 0; i < kStaged / kLanes; ++i) {
+        const int c = column0 + lane / kPanelRows + i * kLanes;
+        weight[i] = row < height && meta.column0[l] + c < meta.stored[p] ? T(to_compute(weights[c * height])) : T(0);
       }
+    });
+    T* to = shared_memory<T>() + net.diagonal + l * kBlockRows * kBlockRows + p % kPanelsPerLayer * kPanelRows + row;
+#pragma unroll
+    for (int i = 0; i < kStaged / kLanes; ++i) to[(column0 + lane / kPanelRows + i * kLanes) * kBlockRows] = weight[i];
+  }
+
+  __device__ void near(const BlockMeta& meta) const {
+    constexpr int kStages = kBlockRows / kStaged;
+    for (int task = warp; task < meta.panels * (1 + kStages); task += 2 * S) {
+      const int p = task % meta.panels, stages = task / meta.panels;
+      if (stages)
+        stage(meta, p, (stages - 1) * kStaged);
+      else if (meta.height[p])
+        partial(meta, p, meta.far[p], meta.depth[p], p);
     }
   }
 
   __device__ void reduce(const BlockMeta& meta) const {
-    for (int l = 0; l < net.layers; ++l)
-      for (int i = thread; i < meta.rows[l] * S; i += kTileThreads<T>) {
-        const int row = i / S, s = i % S, p = l * kPanelsPerLayer + row / kPanelRows, in_panel = row % kPanelRows;
-        T v = begin_of(net.layer[l], meta.row0[l] + row, s);
+    // So many rows of one thread ask for what comes from memory before any of them waits for it.
+    constexpr int kAtOnce = 2;
+#pragma unroll 1
+    for (int begin = thread; begin < net.layers * kBlockRows * S; begin += kAtOnce * kTileThreads<T>) {
+      T start[kAtOnce], kept[kAtOnce];
+      auto each_row = [&](auto&& f) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = begin + j * kTileThreads<T>, l = i / (kBlockRows * S), row = i / S % kBlockRows;
+          if (l < net.layers && row < meta.rows[l]) f(j, l, row, i % S);
+        }
+      };
+      each_row([&](int j, int l, int row, int s) {
+        const DeviceLayer<T>& layer = net.layer[l];
+        start[j] = begin_of(layer, meta.row0[l] + row, s);
+        if (Backward && l < net.layers - 1)
+          kept[j] =
+              is_sample(s) ? call.saved_in[(layer.kept_slope - meta.row0[l] - row) * call.stride + first + s] : T(0);
+      });
+      each_row([&](int j, int l, int row, int s) {
+        const int p = l * kPanelsPerLayer + row / kPanelRows, in_panel = row % kPanelRows;
+        T v = start[j];
         for (int k = 0; k < meta.slots[p]; ++k) v += net.part[((meta.slot[p] + k) * kPanelRows + in_panel) * S + s];
         v += net.part[(p * kPanelRows + in_panel) * S + s];
-        shared_memory<T>()[net.acc + (l * S + s) * kAccStride + row] = v;
-        if constexpr (Backward)
-          if (l < net.layers - 1)
-            shared_memory<T>()[net.slope + (l * S + s) * kAccStride + row] = slope_by_name(
-                net.layer[l].activation,
-                is_sample(s) ? call.saved_in[(net.layer[l].kept_slope - meta.row0[l] - row) * call.stride + first + s]
-                             : T(0));
-      }
+        const int at = (l * S + s) * kAccStride + row;
+        shared_memory<T>()[net.acc + at] = v;
+        if (Backward && l < net.layers - 1)
+          shared_memory<T>()[net.slope + at] = slope_by_name(net.layer[l].activation, kept[j]);
+      });
+    }
   }
 
   __device__ void far(const BlockMeta& meta) const {

@@ -82,8 +82,10 @@ class Run:
         self.order, self.back = order, None if order is None else order.argsort()
 
     def __call__(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
-        if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_cpu or any(n != x.shape[1] for n in self.lengths):
+        if not isinstance(x, Tensor) or x.dim() != 2 or any(n != x.shape[1] for n in self.lengths):
             return None
+        if self.order is not None and self.order.device != x.device:
+            self.order, self.back = self.order.to(x.device), self.order.argsort().to(x.device)
         if inverse and self.back is not None:
             x = x.index_select(1, self.back)
         done = run_together(x, self.networks, [context] * len(self.networks), inverse, places=self.places)
@@ -105,8 +107,9 @@ class Permutations:
         if type(child) not in self.kinds or "forward" in child.__dict__ or "inverse" in child.__dict__:
             return None
         found = child._buffers.get(self.buffer)
-        if found is None or found.is_inference() or not found.is_cpu or found.dtype != torch.long:
+        if found is None or found.is_inference() or not (found.is_cpu or found.is_cuda) or found.dtype != torch.long:
             return None
+        found = found.cpu()
         known = found.dim() == 1 and torch.equal(found.sort().values, torch.arange(len(found)))
         return found if known and self.fits(child) else None
 
