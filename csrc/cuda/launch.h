@@ -101,6 +101,38 @@ T* shared_memory() {
 }
 #endif
 
+// Shared memory that is only read while this lives, in loops where every cycle counts. It keeps the address as loads
+// take it: left to itself the compiler works that out again for each load, and on sm_90 the block's rank in its
+// cluster, which is part of it, takes longer to ask for than the load.
+template <class T>
+class SharedReader {
+ public:
+  SharedReader() = default;
+#if defined(__CUDA_ARCH__)
+  __device__ explicit SharedReader(const T* begin) : begin_(static_cast<unsigned>(__cvta_generic_to_shared(begin))) {
+    asm volatile("" : "+r"(begin_));
+  }
+  __device__ T operator[](int i) const {
+    const unsigned at = begin_ + static_cast<unsigned>(i) * sizeof(T);
+    T v;
+    if constexpr (std::is_same_v<T, float>)
+      asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
+    else
+      asm("ld.shared.f64 %0, [%1];" : "=d"(v) : "r"(at));
+    return v;
+  }
+
+ private:
+  unsigned begin_;
+#else
+  explicit SharedReader(const T* begin) : begin_(begin) {}
+  T operator[](int i) const { return begin_[i]; }
+
+ private:
+  const T* begin_;
+#endif
+};
+
 // Sixteen bytes, one memory access.
 template <class T>
 struct alignas(16) Pack16 {

@@ -206,9 +206,9 @@ struct ChainTile : DeviceTile<T, Backward, false> {
   // A lane's weights of one column, loaded before there is anything to multiply them by.
   struct Column {
     T weight[2];
-    __device__ Column(const T* mine, int lane) {
+    __device__ Column(const SharedReader<T>& diagonal, int begin, int lane) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) weight[j] = lane + j * kWarp < kBlockRows ? mine[j * kWarp] : T(0);
+      for (int j = 0; j < 2; ++j) weight[j] = lane + j * kWarp < kBlockRows ? diagonal[begin + j * kWarp] : T(0);
     }
     // Rows that are final have weights of zero, and stay what they are whatever comes after them, infinities too.
     __device__ void multiply_in(T (&rows)[2], T a) const {
@@ -225,7 +225,7 @@ struct ChainTile : DeviceTile<T, Backward, false> {
     T z;                                     // forwards
     typename Tile::BackwardFeature feature;  // backwards
     T grad_logdet;
-    const T *diagonal, *slope;  // in shared memory
+    SharedReader<T> diagonal, slope;
   };
 
   __device__ T& acc_of(int l, int row) const { return shared_memory<T>()[net.acc + (l * S + warp) * kAccStride + row]; }
@@ -234,8 +234,8 @@ struct ChainTile : DeviceTile<T, Backward, false> {
   __device__ Registers load(const BlockMeta& meta) const {
     Registers r;
     const int last = net.layers - 1;
-    r.diagonal = shared_memory<T>() + net.diagonal + lane;
-    r.slope = shared_memory<T>() + net.slope + warp * kAccStride;
+    r.diagonal = SharedReader<T>(shared_memory<T>() + net.diagonal + lane);
+    r.slope = SharedReader<T>(shared_memory<T>() + net.slope + warp * kAccStride);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int row = lane + j * kWarp;
@@ -255,20 +255,30 @@ struct ChainTile : DeviceTile<T, Backward, false> {
     return r;
   }
 
-  __device__ Transformed<T> transform(T z, T shift, T u) const { return affine_by_name(call.affine, z, shift, u); }
+  __device__ NamedAffine<T> affine() const {
+    NamedAffine<T> a = call.affine;
+    a.inverse = true;  // a sweep: one branch less in a step
+    return a;
+  }
+  __device__ Transformed<T> transform(T z, T shift, T u) const { return affine_by_name(affine(), z, shift, u); }
   __device__ AffineGradient<T> gradient(const typename Tile::BackwardFeature& b, T through, T grad_logdet) const {
-    return affine_backward_by_name(call.affine, b.grad_output + through, grad_logdet, b.z, b.shift, b.u);
+    return affine_backward_by_name(affine(), b.grad_output + through, grad_logdet, b.z, b.shift, b.u);
   }
 
   // Column c of what layer l reads inside the block.
   __device__ Column column(const Registers& r, int l, int c) const {
-    return {r.diagonal + (l * kBlockRows + c) * kBlockRows, lane};
+    return {r.diagonal, (l * kBlockRows + c) * kBlockRows, lane};
   }
   __device__ static void multiply_in(Registers& r, int l, int last, const Column& column, T a) {
     if (l == last)
       column.multiply_in(r.last, a);
     else if (l < kChainLayers - 1)
       column.multiply_in(r.hidden[l], a);
+  }
+
+  // The usual activation without the switch's jump through a table, which takes longer than a unit does.
+  __device__ static T activate(Activation activation, T v) {
+    return activation == Activation::relu ? fk::activate<Activation::relu>(v) : activate_by_name(activation, v);
   }
 
   // What a residual connection adds to a row of layer l.
@@ -291,12 +301,12 @@ struct ChainTile : DeviceTile<T, Backward, false> {
   __device__ void chain(const BlockMeta& meta, T& logdet) const {
     const int last = net.layers - 1;
     Registers r = load(meta);
-    Activation activation[kChainLayers - 1];
-    bool has_residual[kChainLayers - 1];
-#pragma unroll
-    for (int l = 0; l < kChainLayers - 1; ++l) {
-      activation[l] = l < last ? net.layer[l].activation : Activation::identity;
-      has_residual[l] = l < last && net.layer[l].residual >= 0;
+    // In one register each: four bits of a layer are its activation.
+    unsigned activations = 0, has_residual = 0;
+    static_assert(static_cast<int>(Activation::count) <= 16);
+    for (int l = 0; l < last; ++l) {
+      activations |= static_cast<unsigned>(net.layer[l].activation) << (4 * l);
+      has_residual |= (net.layer[l].residual >= 0 ? 1u : 0u) << l;
     }
     for (int step = 0; step < meta.steps; ++step) {
       const int f1 = features_of(meta.up_to[last][step + 1]);
@@ -322,9 +332,11 @@ struct ChainTile : DeviceTile<T, Backward, false> {
           const Column of_a = column(r, l + 1, row);
           T a = pick(r.hidden[l], row);
           if constexpr (Backward) a *= r.slope[l * S * kAccStride + row];
-          if (has_residual[l]) a += residual(r, meta, l, row);
-          if (Backward || has_residual[l]) put(r.hidden[l], row, a);
-          multiply_in(r, l + 1, last, of_a, Backward ? a : activate_by_name(activation[l], a));
+          const bool with_residual = has_residual >> l & 1;
+          if (with_residual) a += residual(r, meta, l, row);
+          if (Backward || with_residual) put(r.hidden[l], row, a);
+          if (!Backward) a = activate(static_cast<Activation>(activations >> (4 * l) & 15), a);
+          multiply_in(r, l + 1, last, of_a, a);
         }
       }
     }

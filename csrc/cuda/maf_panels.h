@@ -23,7 +23,7 @@ __device__ inline float2 two_weights(const W* from) {
 template <class W>
 __device__ inline void panel_on_tensor_cores(const W* weights, int height, const float* columns, int from, int to,
                                              float* out, int rows) {
-  constexpr int S = kSamples<float>, kSteps = 2, kLoads = 2 * kSteps, kColumns = 8 * kSteps, kAhead = 4;
+  constexpr int S = kSamples<float>, kSteps = 2, kLoads = 2 * kSteps, kColumns = 8 * kSteps, kAhead = 2;
   static_assert(S == 8 && kPanelRows == 16);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, group = lane / 4, in_group = lane % 4;
   // Lanes of rows that a lower panel lacks take its first ones; nobody asks for their sums.
