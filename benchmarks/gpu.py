@@ -427,6 +427,52 @@ def _masked_linear(report: Report, case: str, backends: Sequence[str], degrees: 
                 lambda: (grad @ (weight * cast), (grad.T @ x) * cast, grad.sum(0)), flops=2 * flops)  # fmt: skip
 
 
+def elements(report: Report) -> None:
+    """Operators whose elements have a row of parameters each."""
+    from flowkernels.transforms import LRSpline, RQSpline
+
+    for spline in (
+        RQSpline("nflows", 8),
+        RQSpline("zuko", 8),
+        LRSpline(8),
+        RQSpline("nflows", 5),
+        RQSpline("nflows", 32),
+    ):
+        options = (spline.bins, spline.code, spline.numbers)
+        for inverse in (False, True):
+            case = f"{65536}x64 {spline.style} {spline.bins} bins inverse={inverse}"
+            with report.trying("rq_spline", case):
+                _elements(report, "rq_spline", case, spline.params_per_feature, (*options, inverse))
+
+
+def _elements(report: Report, operator: str, case: str, count: int, options: tuple[Any, ...]) -> None:
+    import importlib
+
+    import torch
+
+    from flowkernels import _cuda
+
+    torch.manual_seed(0)  # an element at the border of a bin may lie in another bin than its float64 version
+    reference: Any = importlib.import_module(f"flowkernels.ops.{operator}.reference")
+    rows, features = small(65536, 8), small(64, 8)
+    x, grad, parameters, sums = (tensor(*s) for s in ((rows, features),) * 2 + ((rows, features, count), (rows,)))
+    plain, plain_back = (getattr(reference, operator + suffix) for suffix in ("", "_backward"))
+    few = slice(0, 512)
+    truth = plain(x[few].double(), parameters[few].double(), None, *options)
+    truth_back = plain_back(*(t[few].double() for t in (grad, sums, x, parameters)), *options)
+    moved, moved_back = 4.0 * x.numel() * (count + 2), 4.0 * x.numel() * (2 * count + 3)
+    for name in ("cuda", "triton"):
+        if (name == "cuda" or operator in _cuda.TRITON) and have(report, name, operator):
+            run, back = (_cuda._kernel(name, operator + suffix) for suffix in ("", "_backward"))
+            report.time(operator, f"forward {case}", name, partial(run, x, parameters, None, *options), moved=moved,
+                        check=lambda out: relative([t[few] for t in out], truth), bound=1e-4)  # fmt: skip
+            report.time(operator, f"backward {case}", name, partial(back, grad, sums, x, parameters, *options),
+                        check=lambda out: relative([t[few] for t in out], truth_back), bound=1e-3, moved=moved_back)  # fmt: skip
+    report.time(
+        operator, f"forward {case}", "eager", partial(plain, x, parameters, None, *options), moved=moved, graph=False
+    )
+
+
 def sanitizer(report: Report) -> None:
     """compute-sanitizer over small calls of the CUDA C++ kernels."""
     tool = shutil.which("compute-sanitizer")
@@ -437,7 +483,7 @@ def sanitizer(report: Report) -> None:
         return
     script = """
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, spline_plan
+from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, check_rq_spline, spline_plan
 from flowkernels.ops.masked_linear import cuda
 from flowkernels.transforms import RQSpline
 kernels = torch.ops.flowkernels_cuda
@@ -452,6 +498,8 @@ for inverse in (True, False):
     check_maf(kernels, [spline_plan(spline, 5, [9])], 9, torch.float32, inverse, law=spline, device="cuda")
 for dtype in (torch.float32, torch.bfloat16):
     check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, dtype, shapes=((70, 130, 150, 12),), device="cuda")
+for style, bins in (("nflows", 5), ("zuko", 4)):
+    check_rq_spline(kernels, 41, 33, bins, torch.float32, style, True, device="cuda")
 torch.cuda.synchronize()
 print("FINISHED")
 """
@@ -500,6 +548,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "affine_coupling": (affine_coupling, 100),
     "gumbel": (gumbel, 80),
     "masked_linear": (masked_linear, 60),
+    "elements": (elements, 60),
     "sanitizer": (sanitizer, 210),
 }
 

@@ -196,7 +196,9 @@ def explain() -> list[str]:
     if not torch.cuda.is_available():
         return ["GPU: torch sees no CUDA device"]
     lines = [f"GPU: {torch.cuda.get_device_name()}"]
-    for operator in ("affine_coupling", "masked_linear", "maf", "maf_spline", "gumbel_softmax", "gumbel_argmax"):
+    for operator in (
+        "affine_coupling", "rq_spline", "masked_linear", "maf", "maf_spline", "gumbel_softmax", "gumbel_argmax"
+    ):  # fmt: skip
         name, why = choose(operator, "auto")
         lines.append(f"  {operator}: {name} ({why})")
     properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -11,10 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
+from cases import (
+    PLANS,
+    affine_options,
+    check_affine,
+    check_element_layouts,
+    check_maf,
+    check_masked_linear,
+    check_rq_spline,
+    made_masks,
+    spline_plan,
+)
+from torch import Tensor
 
 from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
 from flowkernels.ops.masked_linear.degrees import sorted_degrees
+from flowkernels.ops.rq_spline import reference as rq_spline
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
 from flowkernels.transforms import LRSpline, RQSpline, Spline
@@ -139,7 +151,7 @@ def test_under_other_circumstances(host_kernels: Any, setting: str) -> None:
     """Threads run in the other order, and less shared memory: the results stay right. A missing barrier would show."""
     script = """
 import torch, build
-from cases import PLANS, check_maf, check_masked_linear
+from cases import PLANS, check_maf, check_masked_linear, check_rq_spline
 from flowkernels.ops.masked_linear import cuda
 build.load_host_libraries()
 check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.float32)
@@ -147,6 +159,9 @@ check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.bfloa
 for plan in ("two_layers", "shuffled", "several_blocks", "residual_context"):
     for inverse in (True, False):
         check_maf(torch.ops.flowkernels_cuda, [PLANS[plan]()], 9, torch.float32, inverse)
+for style in ("nflows", "zuko"):
+    for rows, features, bins in ((9, 7, 3), (30, 40, 4), (3, 400, 30)):
+        check_rq_spline(torch.ops.flowkernels_cuda, rows, features, bins, torch.float32, style, True)
 """
     here = Path(__file__).parent
     path = os.pathsep.join(
@@ -192,3 +207,62 @@ def test_gumbel_softmax_of_impossible_rows(host_kernels: Any) -> None:
         y = host_kernels.gumbel_softmax(logits, torch.ones(3), torch.tensor(1), 0, hard)
         assert y[:2].isnan().all()
         assert y[2].tolist() == [0.0, 1.0, 0.0]
+
+
+STYLES = ("nflows", "zuko", "pyro", "linear")
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize("style", STYLES)
+def test_rq_spline(host_kernels: Any, style: str, inverse: bool) -> None:
+    for dtype in FLOATS:
+        for bins in (2, 5, 8):
+            check_rq_spline(host_kernels, 9, 7, bins, dtype, style, inverse)
+
+
+# Fewer features than lanes, than threads, than the log-det's terms, and more; no rows, no features, many rows.
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (5, 0), (1, 1), (700, 1), (300, 2), (41, 33), (17, 64), (5, 130), (2, 1025), (1, 2100)], ids=str
+)
+def test_rq_spline_shapes(host_kernels: Any, shape: tuple[int, int]) -> None:
+    for dtype in FLOATS:
+        check_rq_spline(host_kernels, *shape, 3, dtype, "nflows", False)
+
+
+def test_rq_spline_of_most_bins(host_kernels: Any) -> None:
+    for style in STYLES:
+        check_rq_spline(host_kernels, 7, 20, 64, torch.float64, style, False)
+
+
+@pytest.mark.parametrize("bins", [4, 5])
+def test_rq_spline_layouts(host_kernels: Any, bins: int) -> None:
+    """An odd and an even number of parameters; each way through shared memory."""
+    for dtype in FLOATS:
+        for spline in (RQSpline("nflows", bins), RQSpline("zuko", bins)):
+            options = (bins, spline.code, spline.numbers, True)
+            check_element_layouts("rq_spline", host_kernels, 37, 5, spline.params_per_feature, options, dtype)
+
+
+def test_rq_spline_at_and_beyond_the_bounds(host_kernels: Any) -> None:
+    x = torch.tensor([[-torch.inf, -3.0001, -3.0, -0.0, 3.0, 3.0001, torch.inf, torch.nan]])
+    given = torch.randn(1, 8, 14, generator=torch.Generator().manual_seed(0)), torch.ones(1, 8), torch.ones(1)
+    spline = RQSpline("nflows", 5)
+    for inverse in (True, False):
+        options = (5, spline.code, spline.numbers, inverse)
+        for name in ("rq_spline", "rq_spline_backward"):
+
+            def call(of: Any, x: Tensor, theta: Tensor, grad: Tensor, sums: Tensor, name: str = name) -> Any:
+                tensors = (grad, sums, x, theta) if name.endswith("backward") else (x, theta, sums)
+                return getattr(of, name)(*tensors, *options)  # noqa: B023
+
+            exact = call(rq_spline, x.double(), *(t.double() for t in given))
+            for a, b in zip(call(host_kernels, x, *given), exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+def test_rq_spline_asks_for_what_it_reads(host_kernels: Any) -> None:
+    spline = RQSpline("nflows", 4)
+    with pytest.raises(RuntimeError, match="parameters must have 11 numbers per feature, got 10"):
+        host_kernels.rq_spline(torch.zeros(2, 3), torch.zeros(2, 3, 10), None, 4, 0, spline.numbers, False)
+    with pytest.raises(RuntimeError, match="bins must be 2 to 64, got 65"):
+        host_kernels.rq_spline(torch.zeros(2, 3), torch.zeros(2, 3, 194), None, 65, 0, spline.numbers, False)

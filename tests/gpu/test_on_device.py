@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
+from cases import (
+    PLANS,
+    affine_options,
+    check_affine,
+    check_element_layouts,
+    check_maf,
+    check_masked_linear,
+    check_rq_spline,
+    made_masks,
+    spline_plan,
+)
 
 import flowkernels as fk
 from flowkernels import _cuda
@@ -134,6 +144,28 @@ def test_masked_linear(name: str, dtype: torch.dtype) -> None:
     check_masked_linear(*calls, dtype, shapes=((3000, 300, 265, 200),), device="cuda")
 
 
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize("style", ["nflows", "zuko", "pyro", "linear"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_rq_spline(name: str, style: str, inverse: bool) -> None:
+    kernels = kernels_of(name, "rq_spline")
+    for dtype in (torch.float64, torch.float32):
+        for rows, features in ((0, 5), (5, 0), (1, 1), (700, 2), (41, 33), (2, 1025)):
+            check_rq_spline(kernels, rows, features, 8, dtype, style, inverse, device="cuda")
+        for bins in (2, 5, 64):
+            check_rq_spline(kernels, 41, 33, bins, dtype, style, inverse, device="cuda")
+
+
+@pytest.mark.parametrize("bins", [4, 5])
+def test_rq_spline_layouts(bins: int) -> None:
+    kernels = kernels_of("cuda", "rq_spline")
+    for dtype in (torch.float64, torch.float32):
+        for spline in (RQSpline("nflows", bins), RQSpline("zuko", bins)):
+            options = (bins, spline.code, spline.numbers, True)
+            count = spline.params_per_feature
+            check_element_layouts("rq_spline", kernels, 370, 50, count, options, dtype, device="cuda")
+
+
 # ---- through the public faces ---------------------------------------------------------------------------------------
 
 
@@ -164,10 +196,13 @@ def test_captured_in_a_graph(name: str) -> None:
     layer = fk.nn.MADE(20, (40,)).cuda().requires_grad_(False)
     z = torch.randn(70, 20, device="cuda")
     x = torch.randn(9, 16, device="cuda")
+    spline, theta = RQSpline("zuko", 4), torch.randn(9, 16, 11, device="cuda")
     calls = [
         lambda: flow.inverse(z), lambda: flow.transform(z), lambda: fk.ops.affine_coupling(x, x, x),
         lambda: (layer(z),),
     ]  # fmt: skip
+    if _cuda.has_kernel(name, "rq_spline"):
+        calls.append(lambda: fk.ops.rq_spline(x, theta, spline=spline))
     for plain in calls:
 
         def call(plain: Any = plain) -> Any:
