@@ -429,6 +429,7 @@ def _masked_linear(report: Report, case: str, backends: Sequence[str], degrees: 
 
 def elements(report: Report) -> None:
     """Operators whose elements have a row of parameters each."""
+    from flowkernels.scales import ScaleLaw
     from flowkernels.transforms import LRSpline, RQSpline
 
     for spline in (
@@ -443,6 +444,13 @@ def elements(report: Report) -> None:
             case = f"{65536}x64 {spline.style} {spline.bins} bins inverse={inverse}"
             with report.trying("rq_spline", case):
                 _elements(report, "rq_spline", case, spline.params_per_feature, (*options, inverse))
+    law = ScaleLaw("tanh")
+    for components in (4, 32):
+        for inverse in (False, True):
+            case = f"{65536}x64 {components} components inverse={inverse}"
+            with report.trying("logistic_mixture", case):
+                mixture = (-7.0, law.code, law.numbers, inverse)
+                _elements(report, "logistic_mixture", case, 3 * components + 2, mixture)
 
 
 def _elements(report: Report, operator: str, case: str, count: int, options: tuple[Any, ...]) -> None:
@@ -468,9 +476,9 @@ def _elements(report: Report, operator: str, case: str, count: int, options: tup
                         check=lambda out: relative([t[few] for t in out], truth), bound=1e-4)  # fmt: skip
             report.time(operator, f"backward {case}", name, partial(back, grad, sums, x, parameters, *options),
                         check=lambda out: relative([t[few] for t in out], truth_back), bound=1e-3, moved=moved_back)  # fmt: skip
-    report.time(
-        operator, f"forward {case}", "eager", partial(plain, x, parameters, None, *options), moved=moved, graph=False
-    )
+    if operator == "rq_spline" or not options[-1]:  # a bisection takes seconds
+        eager = partial(plain, x, parameters, None, *options)
+        report.time(operator, f"forward {case}", "eager", eager, moved=moved, graph=False)
 
 
 def sanitizer(report: Report) -> None:
@@ -483,7 +491,7 @@ def sanitizer(report: Report) -> None:
         return
     script = """
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, check_rq_spline, spline_plan
+from cases import PLANS, affine_options, check_affine, check_logistic_mixture, check_maf, check_masked_linear, check_rq_spline, spline_plan
 from flowkernels.ops.masked_linear import cuda
 from flowkernels.transforms import RQSpline
 kernels = torch.ops.flowkernels_cuda
@@ -500,6 +508,7 @@ for dtype in (torch.float32, torch.bfloat16):
     check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, dtype, shapes=((70, 130, 150, 12),), device="cuda")
 for style, bins in (("nflows", 5), ("zuko", 4)):
     check_rq_spline(kernels, 41, 33, bins, torch.float32, style, True, device="cuda")
+check_logistic_mixture(kernels, 41, 33, 4, torch.float32, True, device="cuda")
 torch.cuda.synchronize()
 print("FINISHED")
 """

@@ -4,8 +4,9 @@
 // once, with no stretch of memory left half used. Nothing of that needs more than the warp, whose waiting other warps
 // fill.
 //
-// Rows in shared memory are an odd number of numbers apart: the same parameter of 32 elements then lies in 32 banks. An
-// even row gets one more, and such a tile, like one of a strided view, is moved number by number.
+// There the same parameter of 32 elements lies in 32 banks where rows have an odd number of parameters, and in 16 where
+// that is twice an odd one. A multiple of four would leave 8 banks or fewer: such rows get a number more, and are moved
+// number by number, as are those of a strided view.
 //
 // A block takes whole rows of elements and adds their log-dets up at its end: a thread its terms one after the other,
 // then threads among each other, in an order that depends on the number of features alone.
@@ -73,9 +74,10 @@ struct WarpElements {
   __device__ WarpElements(const ElementCall<T>& call, T* room, int64_t row0, int e, int elements, int lane)
       : a(call), first(row0 * call.features + e), lane(lane), tile(room) {
     count = elements - e < kWarp ? elements - e : kWarp;
-    const int mine = e + (lane < count ? lane : count - 1);
-    row = row0 + mine / a.features;
-    column = mine % a.features;
+    const auto mine = static_cast<unsigned>(e + (lane < count ? lane : count - 1));
+    const auto features = static_cast<unsigned>(a.features);
+    row = row0 + mine / features;
+    column = mine % features;
     load();
   }
 
@@ -106,11 +108,16 @@ struct WarpElements {
       tile += place_in_pack(from);
       T* to = tile;
       move_packs(from, n, lane, [&]<class Unit>(int i) { __pipeline_memcpy_async(to + i, from + i, sizeof(Unit)); });
-    } else {
-      const int64_t start = a.dense ? first * a.count : row * a.parameters.row + column * a.parameters.column;
+    } else if (a.dense) {
+      const T* from = a.parameters.data + first * a.count;
       move_numbers([&](int i, int element, int p) {
-        const int64_t at = a.dense ? start + i : __shfl_sync(kAllLanes, start, element) + p * a.parameters.parameter;
-        if (i < n) __pipeline_memcpy_async(tile + element * a.stride + p, a.parameters.data + at, sizeof(T));
+        if (i < n) __pipeline_memcpy_async(tile + element * a.stride + p, from + i, sizeof(T));
+      });
+    } else {
+      const int64_t mine = row * a.parameters.row + column * a.parameters.column;
+      move_numbers([&](int i, int element, int p) {
+        const T* from = a.parameters.data + __shfl_sync(kAllLanes, mine, element);
+        if (i < n) __pipeline_memcpy_async(tile + element * a.stride + p, from + p * a.parameters.parameter, sizeof(T));
       });
     }
     __pipeline_commit();
@@ -232,7 +239,7 @@ void launch_elements(const OnDevice& device, const char* name, void (*kernel)(El
   const int64_t most = features < kTerms ? kTerms / features : 1;
   const int64_t wanted = a.rows / (16 * static_cast<int64_t>(device.multiprocessors()));
   a.rows_per_block = static_cast<int>(wanted < least ? least : (wanted > most ? most : wanted));
-  a.stride = a.count | 1;
+  a.stride = a.count % 4 ? a.count : a.count + 1;
   a.tile = kWarp * (a.stride + scratch) + kPer;
   const int64_t terms = a.logdet ? a.rows_per_block * (features < kTerms ? features : kTerms) : 0;
   const auto shared = [&](int warps) { return (warps * a.tile + terms) * static_cast<int64_t>(sizeof(T)); };

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.logistic_mixture import reference as logistic_mixture
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.maf import reference as maf
 from flowkernels.ops.masked_linear import reference as linear
@@ -300,6 +301,19 @@ def check_rq_spline(
     options = (bins, spline.code, spline.numbers, inverse)
     name = f"rq_spline {rows} x {features} {spline} inverse={inverse} {dtype}"
     _check_elements(name, "rq_spline", kernels, rq_spline, (0.7 * spline.bound * x, parameters), options, dtype)
+
+
+def check_logistic_mixture(
+    kernels: Any, rows: int, features: int, components: int, dtype: torch.dtype, inverse: bool, *,
+    law: str = "tanh", device: str = "cpu",
+) -> None:  # fmt: skip
+    """Components as narrow and as far apart as random parameters make them."""
+    named = ScaleLaw(law)
+    x, parameters = _elements(rows, features, 3 * components + 2, device)
+    options = (-7.0, named.code, named.numbers, inverse)
+    name = f"logistic_mixture {rows} x {features} of {components} {law} inverse={inverse} {dtype}"
+    inputs = (1.5 * x, 0.5 * parameters)
+    _check_elements(name, "logistic_mixture", kernels, logistic_mixture, inputs, options, dtype)
 
 
 def _elements(rows: int, features: int, count: int, device: str) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from cases import (
     affine_options,
     check_affine,
     check_element_layouts,
+    check_logistic_mixture,
     check_maf,
     check_masked_linear,
     check_rq_spline,
@@ -24,6 +25,7 @@ from cases import (
 )
 from torch import Tensor
 
+from flowkernels.ops.logistic_mixture import reference as logistic_mixture
 from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
 from flowkernels.ops.masked_linear.degrees import sorted_degrees
 from flowkernels.ops.rq_spline import reference as rq_spline
@@ -151,7 +153,7 @@ def test_under_other_circumstances(host_kernels: Any, setting: str) -> None:
     """Threads run in the other order, and less shared memory: the results stay right. A missing barrier would show."""
     script = """
 import torch, build
-from cases import PLANS, check_maf, check_masked_linear, check_rq_spline
+from cases import PLANS, check_logistic_mixture, check_maf, check_masked_linear, check_rq_spline
 from flowkernels.ops.masked_linear import cuda
 build.load_host_libraries()
 check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.float32)
@@ -160,8 +162,9 @@ for plan in ("two_layers", "shuffled", "several_blocks", "residual_context"):
     for inverse in (True, False):
         check_maf(torch.ops.flowkernels_cuda, [PLANS[plan]()], 9, torch.float32, inverse)
 for style in ("nflows", "zuko"):
-    for rows, features, bins in ((9, 7, 3), (30, 40, 4), (3, 400, 30)):
+    for rows, features, bins in ((9, 7, 3), (30, 40, 4), (30, 40, 5), (3, 400, 30)):
         check_rq_spline(torch.ops.flowkernels_cuda, rows, features, bins, torch.float32, style, True)
+check_logistic_mixture(torch.ops.flowkernels_cuda, 11, 13, 4, torch.float32, False)
 """
     here = Path(__file__).parent
     path = os.pathsep.join(
@@ -234,9 +237,9 @@ def test_rq_spline_of_most_bins(host_kernels: Any) -> None:
         check_rq_spline(host_kernels, 7, 20, 64, torch.float64, style, False)
 
 
-@pytest.mark.parametrize("bins", [4, 5])
+@pytest.mark.parametrize("bins", [3, 4, 5])
 def test_rq_spline_layouts(host_kernels: Any, bins: int) -> None:
-    """An odd and an even number of parameters; each way through shared memory."""
+    """Numbers of parameters with each way through shared memory: a multiple of four, an odd one, twice an odd one."""
     for dtype in FLOATS:
         for spline in (RQSpline("nflows", bins), RQSpline("zuko", bins)):
             options = (bins, spline.code, spline.numbers, True)
@@ -266,3 +269,56 @@ def test_rq_spline_asks_for_what_it_reads(host_kernels: Any) -> None:
         host_kernels.rq_spline(torch.zeros(2, 3), torch.zeros(2, 3, 10), None, 4, 0, spline.numbers, False)
     with pytest.raises(RuntimeError, match="bins must be 2 to 64, got 65"):
         host_kernels.rq_spline(torch.zeros(2, 3), torch.zeros(2, 3, 194), None, 65, 0, spline.numbers, False)
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize("components", [1, 2, 5, 64])
+def test_logistic_mixture(host_kernels: Any, components: int, inverse: bool) -> None:
+    for dtype in FLOATS:
+        check_logistic_mixture(host_kernels, 9, 5, components, dtype, inverse)
+
+
+@pytest.mark.parametrize("law", NAMES)
+def test_logistic_mixture_laws(host_kernels: Any, law: str) -> None:
+    for inverse in (True, False):
+        check_logistic_mixture(host_kernels, 5, 3, 3, torch.float32, inverse, law=law)
+
+
+def test_logistic_mixture_shapes(host_kernels: Any) -> None:
+    for rows, features in ((0, 5), (5, 0), (700, 1), (41, 33), (2, 1025)):
+        check_logistic_mixture(host_kernels, rows, features, 2, torch.float32, False)
+
+
+@pytest.mark.parametrize("components", [2, 3, 4])
+def test_logistic_mixture_layouts(host_kernels: Any, components: int) -> None:
+    law = ScaleLaw("tanh")
+    for dtype in FLOATS:
+        options = (-7.0, law.code, law.numbers, True)
+        check_element_layouts("logistic_mixture", host_kernels, 37, 5, 3 * components + 2, options, dtype)
+
+
+def test_logistic_mixture_far_from_its_components(host_kernels: Any) -> None:
+    """Both tails, a gap in which float32 would underflow, a scale below its least, and a number that is none. In the
+    gap the inverse is too steep for the reference."""
+    theta = torch.tensor([0.3, 0.1, 0.0, 0.5, -20.0, 20.0, -3.0, -9.0], dtype=torch.float64).expand(6, 1, 8)
+    law, grad = ScaleLaw("tanh"), torch.ones(6, 1, dtype=torch.float64)
+    for inverse, gap in ((True, -20.3), (False, 0.0)):
+        x = torch.tensor([-1e4, -300.0, gap, 300.0, 1e4, torch.nan], dtype=torch.float64)[:, None]
+        options = (-7.0, law.code, law.numbers, inverse)
+        ours, plain = (
+            (
+                *of.logistic_mixture(x, theta, None, *options),
+                *of.logistic_mixture_backward(grad, grad[:, 0], x, theta, *options),
+            )
+            for of in (host_kernels, logistic_mixture)
+        )  # fmt: skip
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def test_logistic_mixture_asks_for_what_it_reads(host_kernels: Any) -> None:
+    law = ScaleLaw("tanh")
+    with pytest.raises(RuntimeError, match="parameters must have 3 K \\+ 2 numbers per feature, K = 1 to 64, got 10"):
+        host_kernels.logistic_mixture(
+            torch.zeros(2, 3), torch.zeros(2, 3, 10), None, -7.0, law.code, law.numbers, False
+        )

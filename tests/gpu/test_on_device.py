@@ -12,6 +12,7 @@ from cases import (
     affine_options,
     check_affine,
     check_element_layouts,
+    check_logistic_mixture,
     check_maf,
     check_masked_linear,
     check_rq_spline,
@@ -22,7 +23,7 @@ from cases import (
 import flowkernels as fk
 from flowkernels import _cuda
 from flowkernels.plan import Plan
-from flowkernels.scales import ScaleLaw
+from flowkernels.scales import NAMES, ScaleLaw
 from flowkernels.transforms import LRSpline, RQSpline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -156,7 +157,7 @@ def test_rq_spline(name: str, style: str, inverse: bool) -> None:
             check_rq_spline(kernels, 41, 33, bins, dtype, style, inverse, device="cuda")
 
 
-@pytest.mark.parametrize("bins", [4, 5])
+@pytest.mark.parametrize("bins", [3, 4, 5])
 def test_rq_spline_layouts(bins: int) -> None:
     kernels = kernels_of("cuda", "rq_spline")
     for dtype in (torch.float64, torch.float32):
@@ -164,6 +165,22 @@ def test_rq_spline_layouts(bins: int) -> None:
             options = (bins, spline.code, spline.numbers, True)
             count = spline.params_per_feature
             check_element_layouts("rq_spline", kernels, 370, 50, count, options, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+def test_logistic_mixture(inverse: bool) -> None:
+    kernels = kernels_of("cuda", "logistic_mixture")
+    for dtype in (torch.float64, torch.float32):
+        for components in (1, 4, 5, 64):
+            check_logistic_mixture(kernels, 41, 33, components, dtype, inverse, device="cuda")
+    law = ScaleLaw("tanh")
+    for components in (2, 3, 4):
+        options = (-7.0, law.code, law.numbers, inverse)
+        check_element_layouts(
+            "logistic_mixture", kernels, 370, 50, 3 * components + 2, options, torch.float32, device="cuda"
+        )
+    for name in NAMES:
+        check_logistic_mixture(kernels, 9, 7, 3, torch.float32, inverse, law=name, device="cuda")
 
 
 # ---- through the public faces ---------------------------------------------------------------------------------------
@@ -203,6 +220,8 @@ def test_captured_in_a_graph(name: str) -> None:
     ]  # fmt: skip
     if _cuda.has_kernel(name, "rq_spline"):
         calls.append(lambda: fk.ops.rq_spline(x, theta, spline=spline))
+    if _cuda.has_kernel(name, "logistic_mixture"):
+        calls.append(lambda: fk.ops.logistic_mixture(x, theta, inverse=True))
     for plain in calls:
 
         def call(plain: Any = plain) -> Any:
