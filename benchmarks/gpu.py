@@ -451,6 +451,26 @@ def elements(report: Report) -> None:
             with report.trying("logistic_mixture", case):
                 mixture = (-7.0, law.code, law.numbers, inverse)
                 _elements(report, "logistic_mixture", case, 3 * components + 2, mixture)
+    with report.trying("dequantize", "4096x3072"):
+        _dequantize(report)
+
+
+def _dequantize(report: Report) -> None:
+    import torch
+
+    from flowkernels import _cuda
+    from flowkernels.ops.dequantize import reference
+
+    seed = torch.tensor(1234567, device=DEVICE)
+    x = torch.randint(0, 256, (small(4096), small(3072)), device=DEVICE, dtype=torch.uint8)
+    options = (None, seed, 0, 256, True, 1e-6)
+    truth = reference.dequantize(x[:64], *options, False)
+    variants: list[tuple[str, Callable[..., Any]]] = [("eager", reference.dequantize)]
+    if have(report, "cuda", "dequantize"):
+        variants.insert(0, ("cuda", _cuda._kernel("cuda", "dequantize")))
+    for name, run in variants:
+        report.time("dequantize", f"bytes {4096}x{3072}", name, partial(run, x, *options, False), moved=5.0 * x.numel(),
+                    check=lambda out: relative([t[:64] for t in out], truth), bound=1e-5, graph=name == "cuda")  # fmt: skip
 
 
 def _elements(report: Report, operator: str, case: str, count: int, options: tuple[Any, ...]) -> None:
@@ -491,7 +511,10 @@ def sanitizer(report: Report) -> None:
         return
     script = """
 import torch
-from cases import PLANS, affine_options, check_affine, check_logistic_mixture, check_maf, check_masked_linear, check_rq_spline, spline_plan
+from cases import (
+    PLANS, affine_options, check_affine, check_dequantize, check_logistic_mixture, check_maf, check_masked_linear,
+    check_rq_spline, spline_plan,
+)
 from flowkernels.ops.masked_linear import cuda
 from flowkernels.transforms import RQSpline
 kernels = torch.ops.flowkernels_cuda
@@ -509,6 +532,7 @@ for dtype in (torch.float32, torch.bfloat16):
 for style, bins in (("nflows", 5), ("zuko", 4)):
     check_rq_spline(kernels, 41, 33, bins, torch.float32, style, True, device="cuda")
 check_logistic_mixture(kernels, 41, 33, 4, torch.float32, True, device="cuda")
+check_dequantize(kernels, 9, 1030, torch.float32, True, device="cuda")
 torch.cuda.synchronize()
 print("FINISHED")
 """

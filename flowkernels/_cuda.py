@@ -197,8 +197,8 @@ def explain() -> list[str]:
         return ["GPU: torch sees no CUDA device"]
     lines = [f"GPU: {torch.cuda.get_device_name()}"]
     for operator in (
-        "affine_coupling", "rq_spline", "logistic_mixture", "masked_linear", "maf", "maf_spline", "gumbel_softmax",
-        "gumbel_argmax",
+        "affine_coupling", "rq_spline", "logistic_mixture", "masked_linear", "maf", "maf_spline", "dequantize",
+        "gumbel_softmax", "gumbel_argmax",
     ):  # fmt: skip
         name, why = choose(operator, "auto")
         lines.append(f"  {operator}: {name} ({why})")

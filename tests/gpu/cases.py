@@ -11,12 +11,14 @@ from torch import Tensor
 
 from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.dequantize import reference as dequantize
 from flowkernels.ops.logistic_mixture import reference as logistic_mixture
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.maf import reference as maf
 from flowkernels.ops.masked_linear import reference as linear
 from flowkernels.ops.rq_spline import reference as rq_spline
 from flowkernels.plan import Plan
+from flowkernels.random import reference_noise
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
 from flowkernels.testing import LAYOUTS, _shaken, poisoned, random_tensor, with_layout
 from flowkernels.transforms import LRSpline, RQSpline, Spline, as_transform, code_and_numbers
@@ -363,3 +365,28 @@ def check_element_layouts(
                 first = now
         for i, (a, b) in enumerate(zip(first, now, strict=True)):
             assert torch.equal(a, b), f"{operator} {layout} {dtype}: output {i} differs"
+
+
+def check_dequantize(
+    kernels: Any, rows: int, features: int, dtype: torch.dtype, logit: bool, *, bytes: bool = True, device: str = "cpu"
+) -> None:
+    """With noise that was given; and drawn, it is that of the stream."""
+    generator = torch.Generator().manual_seed(rows)
+    levels = torch.randint(0, 256, (rows, features), generator=generator).to(device)
+    x = levels.to(torch.uint8 if bytes else dtype)
+    seed = torch.tensor(0x123456789ABCDEF, device=device)
+    options = (seed, 3, 256, logit, 0.01, dtype == torch.float64)
+    noise = reference_noise(seed, 3, 0, x.numel(), 1, dtype == torch.float64).reshape(x.shape)
+
+    def reference(dtype: torch.dtype, low: torch.dtype, run: int) -> Sequence[Tensor]:
+        in_double = dtype == torch.float64
+        return dequantize.dequantize(levels, _shaken(noise, low, run, 0).to(dtype), *options[:-1], in_double)
+
+    with poisoned():
+        drawn, given = kernels.dequantize(x, None, *options), kernels.dequantize(x, noise, *options)
+        x, noise = (with_layout(t, "offset") for t in (x, noise))
+        offset = kernels.dequantize(x, noise, *options)
+    for a, b, c in zip(drawn, given, offset, strict=True):
+        assert torch.equal(a, b), "its own noise is not that of the stream"
+        assert torch.equal(a, c), "results depend on where the tensors lie"
+    assert_as_plain(f"dequantize {rows} x {features} {dtype} logit={logit} bytes={bytes}", drawn, reference, dtype)

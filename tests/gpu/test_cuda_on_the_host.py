@@ -15,6 +15,7 @@ from cases import (
     PLANS,
     affine_options,
     check_affine,
+    check_dequantize,
     check_element_layouts,
     check_logistic_mixture,
     check_maf,
@@ -322,3 +323,18 @@ def test_logistic_mixture_asks_for_what_it_reads(host_kernels: Any) -> None:
         host_kernels.logistic_mixture(
             torch.zeros(2, 3), torch.zeros(2, 3, 10), None, -7.0, law.code, law.numbers, False
         )
+
+
+@pytest.mark.parametrize("logit", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (5, 0), (1, 1), (9, 7), (17, 64), (3, 130), (2, 1025), (2, 784), (1, 4100)], ids=str
+)
+def test_dequantize(host_kernels: Any, shape: tuple[int, int], logit: bool) -> None:
+    for dtype in FLOATS:
+        for bytes in (True, False):
+            check_dequantize(host_kernels, *shape, dtype, logit, bytes=bytes)
+
+
+def test_dequantize_reads_bytes_or_what_it_calculates_in(host_kernels: Any) -> None:
+    with pytest.raises(RuntimeError, match="x must be uint8 or of the type that is calculated in"):
+        host_kernels.dequantize(torch.zeros(2, 3), None, torch.tensor(1), 0, 256, True, 0.01, True)

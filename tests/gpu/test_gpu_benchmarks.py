@@ -40,7 +40,7 @@ print("ROWS", json.dumps(rows))
     seen = {(row["family"], row["variant"]) for row in rows}
     for family in ("affine_coupling", "maf", "gumbel_softmax", "masked_linear"):
         assert {(family, "cuda"), (family, "triton")} <= seen, family
-    assert {("rq_spline", "cuda"), ("logistic_mixture", "cuda")} <= seen
+    assert {("rq_spline", "cuda"), ("logistic_mixture", "cuda"), ("dequantize", "cuda")} <= seen
 
 
 def test_a_failing_case_does_not_end_its_part(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from cases import (
     PLANS,
     affine_options,
     check_affine,
+    check_dequantize,
     check_element_layouts,
     check_logistic_mixture,
     check_maf,
@@ -181,6 +182,15 @@ def test_logistic_mixture(inverse: bool) -> None:
         )
     for name in NAMES:
         check_logistic_mixture(kernels, 9, 7, 3, torch.float32, inverse, law=name, device="cuda")
+
+
+@pytest.mark.parametrize("logit", [True, False])
+def test_dequantize(logit: bool) -> None:
+    kernels = kernels_of("cuda", "dequantize")
+    for dtype in (torch.float64, torch.float32):
+        for rows, features in ((0, 3), (5, 0), (1, 1), (9, 7), (2, 1025), (300, 784), (3, 9000)):
+            for bytes in (True, False):
+                check_dequantize(kernels, rows, features, dtype, logit, bytes=bytes, device="cuda")
 
 
 # ---- through the public faces ---------------------------------------------------------------------------------------
