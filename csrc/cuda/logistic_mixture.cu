@@ -1,7 +1,7 @@
 // logistic_mixture on CUDA. With P = 3 components + 2 parameters an element moves P + 2 numbers forwards and 2 P + 3
 // backwards, as a spline does (element_tiles.h). But a component takes five exponentials forwards and nine backwards,
 // and four more in each of some ten steps of the inverse's search: 120 instructions forwards, of which a device that
-// copies 4.3 TB/s issues 85 while it moves three numbers, and in the inverse as many in every step. The parameters
+// copies 4.3 TB/s issues some 80 while it moves three numbers, and in the inverse as many in every step. The parameters
 // stay in shared memory through all steps, with 1 / s_k beside them. A warp searches until its last lane is through.
 #include "common/logistic_mixture.h"
 
