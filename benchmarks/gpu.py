@@ -519,6 +519,80 @@ def _masked_linear(report: Report, case: str, backends: Sequence[str], degrees: 
                 lambda: (grad @ (weight * cast), (grad.T @ x) * cast, grad.sum(0)), flops=2 * flops)  # fmt: skip
 
 
+def elements(report: Report) -> None:
+    """Operators whose elements have a row of parameters each."""
+    from flowkernels.scales import ScaleLaw
+    from flowkernels.transforms import LRSpline, RQSpline
+
+    for spline in (
+        RQSpline("nflows", 8),
+        RQSpline("zuko", 8),
+        LRSpline(8),
+        RQSpline("nflows", 5),
+        RQSpline("nflows", 32),
+    ):
+        options = (spline.bins, spline.code, spline.numbers)
+        for inverse in (False, True):
+            case = f"{65536}x64 {spline.style} {spline.bins} bins inverse={inverse}"
+            with report.trying("rq_spline", case):
+                _elements(report, "rq_spline", case, spline.params_per_feature, (*options, inverse))
+    law = ScaleLaw("tanh")
+    for components in (4, 32):
+        for inverse in (False, True):
+            case = f"{65536}x64 {components} components inverse={inverse}"
+            with report.trying("logistic_mixture", case):
+                mixture = (-7.0, law.code, law.numbers, inverse)
+                _elements(report, "logistic_mixture", case, 3 * components + 2, mixture)
+    with report.trying("dequantize", "4096x3072"):
+        _dequantize(report)
+
+
+def _dequantize(report: Report) -> None:
+    import torch
+
+    from flowkernels import _cuda
+    from flowkernels.ops.dequantize import reference
+
+    seed = torch.tensor(1234567, device=DEVICE)
+    x = torch.randint(0, 256, (small(4096), small(3072)), device=DEVICE, dtype=torch.uint8)
+    options = (None, seed, 0, 256, True, 1e-6)
+    truth = reference.dequantize(x[:64], *options, False)
+    variants: list[tuple[str, Callable[..., Any]]] = [("eager", reference.dequantize)]
+    if have(report, "cuda", "dequantize"):
+        variants.insert(0, ("cuda", _cuda._kernel("cuda", "dequantize")))
+    for name, run in variants:
+        report.time("dequantize", f"bytes {4096}x{3072}", name, partial(run, x, *options, False), moved=5.0 * x.numel(),
+                    check=lambda out: relative([t[:64] for t in out], truth), bound=1e-5, graph=name == "cuda")  # fmt: skip
+
+
+def _elements(report: Report, operator: str, case: str, count: int, options: tuple[Any, ...]) -> None:
+    import importlib
+
+    import torch
+
+    from flowkernels import _cuda
+
+    torch.manual_seed(0)  # an element at the border of a bin may lie in another bin than its float64 version
+    reference: Any = importlib.import_module(f"flowkernels.ops.{operator}.reference")
+    rows, features = small(65536, 8), small(64, 8)
+    x, grad, parameters, sums = (tensor(*s) for s in ((rows, features),) * 2 + ((rows, features, count), (rows,)))
+    plain, plain_back = (getattr(reference, operator + suffix) for suffix in ("", "_backward"))
+    few = slice(0, 512)
+    truth = plain(x[few].double(), parameters[few].double(), None, *options)
+    truth_back = plain_back(*(t[few].double() for t in (grad, sums, x, parameters)), *options)
+    moved, moved_back = 4.0 * x.numel() * (count + 2), 4.0 * x.numel() * (2 * count + 3)
+    for name in ("cuda", "triton"):
+        if (name == "cuda" or operator in _cuda.TRITON) and have(report, name, operator):
+            run, back = (_cuda._kernel(name, operator + suffix) for suffix in ("", "_backward"))
+            report.time(operator, f"forward {case}", name, partial(run, x, parameters, None, *options), moved=moved,
+                        check=lambda out: relative([t[few] for t in out], truth), bound=1e-4)  # fmt: skip
+            report.time(operator, f"backward {case}", name, partial(back, grad, sums, x, parameters, *options),
+                        check=lambda out: relative([t[few] for t in out], truth_back), bound=1e-3, moved=moved_back)  # fmt: skip
+    if operator == "rq_spline" or not options[-1]:  # a bisection takes seconds
+        eager = partial(plain, x, parameters, None, *options)
+        report.time(operator, f"forward {case}", "eager", eager, moved=moved, graph=False)
+
+
 def sanitizer(report: Report) -> None:
     """compute-sanitizer over small calls of the CUDA C++ kernels."""
     tool = shutil.which("compute-sanitizer")
@@ -529,7 +603,10 @@ def sanitizer(report: Report) -> None:
         return
     script = """
 import torch
-from cases import PLANS, affine_options, check_affine, check_gumbel_argmax, check_maf, check_masked_linear, spline_plan
+from cases import (
+    PLANS, affine_options, check_affine, check_dequantize, check_gumbel_argmax, check_logistic_mixture, check_maf,
+    check_masked_linear, check_rq_spline, spline_plan,
+)
 from flowkernels.ops.masked_linear import cuda
 from flowkernels.transforms import RQSpline
 kernels = torch.ops.flowkernels_cuda
@@ -546,6 +623,10 @@ for dtype in (torch.float32, torch.bfloat16):
     check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, dtype, shapes=((70, 130, 150, 12),), device="cuda")
 for rows, classes in ((9, 300), (2, 2100)):
     check_gumbel_argmax(kernels.gumbel_argmax, rows, classes, torch.float32, device="cuda")
+for style, bins in (("nflows", 5), ("zuko", 4)):
+    check_rq_spline(kernels, 41, 33, bins, torch.float32, style, True, device="cuda")
+check_logistic_mixture(kernels, 41, 33, 4, torch.float32, True, device="cuda")
+check_dequantize(kernels, 9, 1030, torch.float32, True, device="cuda")
 torch.cuda.synchronize()
 print("FINISHED")
 """
@@ -594,6 +675,7 @@ PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "affine_coupling": (affine_coupling, 105),
     "gumbel": (gumbel, 105),
     "masked_linear": (masked_linear, 70),
+    "elements": (elements, 60),
     "sanitizer": (sanitizer, 210),
 }
 

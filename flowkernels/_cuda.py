@@ -175,7 +175,7 @@ def describe(operator: str) -> dict[str, tuple[str, str]]:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     found = {}
     for one in (operator, f"{operator}_backward"):
-        unit, kernels = _gpu_choices.LINES.get(one, ("", []))
+        unit, kernels = _gpu_choices.LINES.get(one, ("", [one] if one in _library.ON_CUDA else []))
         for line in kernels:
             parts: list[tuple[float, str]] = []
             for end, name, _ in (choices := _choices(one, line, device)):
@@ -233,7 +233,10 @@ def explain() -> list[str]:
     if not torch.cuda.is_available():
         return ["GPU: torch sees no CUDA device"]
     lines = [f"GPU: {torch.cuda.get_device_name()}"]
-    for operator in ("affine_coupling", "masked_linear", "maf", "maf_spline", "gumbel_softmax", "gumbel_argmax"):
+    for operator in (
+        "affine_coupling", "rq_spline", "logistic_mixture", "masked_linear", "maf", "maf_spline", "dequantize",
+        "gumbel_softmax", "gumbel_argmax",
+    ):  # fmt: skip
         lines += [f"  {kernel}: {backends} ({why})" for kernel, (backends, why) in describe(operator).items()]
     properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     room = properties.shared_memory_per_block_optin

@@ -15,15 +15,22 @@ namespace fk {
 
 inline constexpr int kMaxComponents = 64;
 
+// Of an element with so many parameters; 0 where no mixture has so many.
+inline std::int64_t mixture_components(std::int64_t count) {
+  const std::int64_t components = (count - 2) / 3;
+  return count == 3 * components + 2 && components >= 1 && components <= kMaxComponents ? components : 0;
+}
+
 template <class T>
 struct MixtureOptions {
   int components;
   T min_log_scale;  // s_k >= exp(min_log_scale)
 };
 
-template <class T, int Lanes>
+// 1 / s_k is in `Kept`: its own array, or a pointer to where a device has better room.
+template <class T, int Lanes, class Kept = T[kMaxComponents * Lanes]>
 struct MixtureWork {
-  alignas(64) T inverse_scale[kMaxComponents * Lanes];
+  alignas(64) Kept inverse_scale;
   alignas(64) T m[Lanes], log_slope[Lanes];  // the transform and the logarithm of its derivative
   // P, Q and the density, pi not normalised: the logarithm of the largest term, and the sum relative to it.
   alignas(64) T most_below[Lanes], most_above[Lanes], most_density[Lanes], below[Lanes], above[Lanes], density[Lanes];
@@ -43,9 +50,9 @@ struct MixtureTerms {
   T v, up, down, below, above, density;
 };
 
-template <int Lanes, class T>
+template <int Lanes, class T, class Kept>
 FK_INLINE MixtureTerms<T> mixture_terms(T x, T logit, T mean, T log_scale, T inverse_scale,
-                                        const MixtureWork<T, Lanes>& w, int i) {
+                                        const MixtureWork<T, Lanes, Kept>& w, int i) {
   const T v = (x - mean) * inverse_scale, e = math::exp(-math::abs(v)), c = T(1) / (T(1) + e);
   return {v,
           v >= T(0) ? c : e * c,
@@ -56,9 +63,9 @@ FK_INLINE MixtureTerms<T> mixture_terms(T x, T logit, T mean, T log_scale, T inv
 }
 
 // The sums at x.
-template <int Lanes, class T>
+template <int Lanes, class T, class Kept>
 FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* log_scales, const MixtureOptions<T>& o,
-                          MixtureWork<T, Lanes>& w) {
+                          MixtureWork<T, Lanes, Kept>& w) {
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
     w.most_below[i] = w.most_above[i] = w.most_density[i] = -std::numeric_limits<T>::infinity();
@@ -66,7 +73,7 @@ FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* 
   }
   for (int k = 0; k < o.components; ++k) {
     const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
-    const T* const inverse_scale = w.inverse_scale + k * Lanes;
+    const auto inverse_scale = w.inverse_scale + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const T v = (x[i] - of.mean[i]) * inverse_scale[i], l = of.logit[i];
@@ -77,7 +84,7 @@ FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* 
   }
   for (int k = 0; k < o.components; ++k) {
     const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
-    const T* const inverse_scale = w.inverse_scale + k * Lanes;
+    const auto inverse_scale = w.inverse_scale + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const MixtureTerms<T> t = mixture_terms(x[i], of.logit[i], of.mean[i],
@@ -98,11 +105,11 @@ FK_INLINE void mixture_at(const T* x, const T* logits, const T* means, const T* 
   }
 }
 
-template <int Lanes, class T>
-FK_INLINE void mixture_scales(const T* log_scales, const MixtureOptions<T>& o, MixtureWork<T, Lanes>& w) {
+template <int Lanes, class T, class Kept>
+FK_INLINE void mixture_scales(const T* log_scales, const MixtureOptions<T>& o, MixtureWork<T, Lanes, Kept>& w) {
   for (int k = 0; k < o.components; ++k) {
     const T* const log_scale = log_scales + k * Lanes;
-    T* const inverse_scale = w.inverse_scale + k * Lanes;
+    const auto inverse_scale = w.inverse_scale + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) inverse_scale[i] = math::exp(-math::max(o.min_log_scale, log_scale[i]));
   }
@@ -111,9 +118,9 @@ FK_INLINE void mixture_scales(const T* log_scales, const MixtureOptions<T>& o, M
 // x with m(x) = target. At x = mean_k + s_k target component k alone gives the target, so the smallest and the largest
 // of these bracket the solution. Newton's step where it stays inside the bracket and has halved the residual, else a
 // bisection; a lane stops when its bracket or its step cannot become smaller, and keeps its value while others go on.
-template <int Lanes, class T>
+template <int Lanes, class T, class Kept>
 FK_INLINE void mixture_solve(const T* target, const T* logits, const T* means, const T* log_scales,
-                             const MixtureOptions<T>& o, MixtureWork<T, Lanes>& w, T* x) {
+                             const MixtureOptions<T>& o, MixtureWork<T, Lanes, Kept>& w, T* x) {
   alignas(64) T low[Lanes], high[Lanes], last[Lanes], open[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
@@ -123,7 +130,8 @@ FK_INLINE void mixture_solve(const T* target, const T* logits, const T* means, c
     open[i] = T(1);
   }
   for (int k = 0; k < o.components; ++k) {
-    const T *const mean = means + k * Lanes, *const inverse_scale = w.inverse_scale + k * Lanes;
+    const T* const mean = means + k * Lanes;
+    const auto inverse_scale = w.inverse_scale + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const T at = mean[i] + target[i] / inverse_scale[i];
@@ -179,10 +187,9 @@ FK_INLINE void lane_scales(const T* u, const LawParameters<T>& law, LaneScales<T
   }
 }
 
-template <bool Inverse, int Lanes, class T>
+template <bool Inverse, int Lanes, class T, class Kept>
 FK_INLINE void mixture_lanes(const T* x, const T* parameters, const MixtureOptions<T>& o, const LaneScales<T, Lanes>& s,
-                             T* y, T* logdet) {
-  MixtureWork<T, Lanes> w;
+                             MixtureWork<T, Lanes, Kept>& w, T* y, T* logdet) {
   const int K = o.components;
   const T *shift = parameters, *logits = parameters + 2 * Lanes, *means = logits + K * Lanes,
           *log_scales = means + K * Lanes;
@@ -207,12 +214,11 @@ FK_INLINE void mixture_lanes(const T* x, const T* parameters, const MixtureOptio
 
 // Gradients, from x and y of the forward direction: the solution is not sought again. For the inverse, with m the
 // forward transform at fixed parameters and l its log slope, dx = (dm - m_parameters) / m_x (implicit function
-// theorem).
-template <bool Inverse, int Lanes, class T>
+// theorem). Gradients may be written over the parameters.
+template <bool Inverse, int Lanes, class T, class Kept>
 FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, const T* x, const T* parameters,
-                                      const MixtureOptions<T>& o, const LaneScales<T, Lanes>& s, T* grad_in,
-                                      T* grad_parameters) {
-  MixtureWork<T, Lanes> w;
+                                      const MixtureOptions<T>& o, const LaneScales<T, Lanes>& s,
+                                      MixtureWork<T, Lanes, Kept>& w, T* grad_in, T* grad_parameters) {
   const int K = o.components;
   const T *logits = parameters + 2 * Lanes, *means = logits + K * Lanes, *log_scales = means + K * Lanes;
   T *g_shift = grad_parameters, *g_scale = grad_parameters + Lanes, *g_logits = grad_parameters + 2 * Lanes,
@@ -226,7 +232,7 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
     for (int i = 0; i < Lanes; ++i) rate[i] = T(0);
     for (int k = 0; k < K; ++k) {
       const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
-      const T* const inverse_scale = w.inverse_scale + k * Lanes;
+      const auto inverse_scale = w.inverse_scale + k * Lanes;
       FK_SIMD
       for (int i = 0; i < Lanes; ++i) {
         const T inv = inverse_scale[i];
@@ -260,7 +266,7 @@ FK_INLINE void mixture_backward_lanes(const T* grad_out, const T* grad_logdet, c
   }
   for (int k = 0; k < K; ++k) {
     const MixtureComponent<T, Lanes> of(logits, means, log_scales, k);
-    const T* const inverse_scale = w.inverse_scale + k * Lanes;
+    const auto inverse_scale = w.inverse_scale + k * Lanes;
     T *const g_logit = g_logits + k * Lanes, *const g_mean = g_means + k * Lanes;
     T* const g_log_scale = g_log_scales + k * Lanes;
     FK_SIMD

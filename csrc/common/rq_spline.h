@@ -94,18 +94,19 @@ FK_INLINE T spline_lambda_rate(T u, const SplineOptions<T>& o) {
   return (T(1) - T(2) * o.min_lambda) * math::sigmoid(u) * math::sigmoid(-u);
 }
 
-// What is known of one axis. `exponentials` hold exp(logit - largest) per bin; `factor` makes fractions of them.
-template <class T, int Lanes>
+// What is known of one axis. `exponentials` hold exp(logit - largest) per bin, in `Kept`: their own array, or a pointer
+// to where a device has better room; `factor` makes fractions of them.
+template <class T, int Lanes, class Kept = T[kMaxBins * Lanes]>
 struct SplineAxis {
-  alignas(64) T exponentials[kMaxBins * Lanes];
+  alignas(64) Kept exponentials;
   alignas(64) T factor[Lanes], factor_rest[Lanes];       // (1 - K min) / sum, and what rounding took from it
   alignas(64) T start[Lanes], rest[Lanes], size[Lanes];  // of the bin: it starts at start + rest in [-1/2, 1/2]
 };
 
 // What one call over `Lanes` elements works with.
-template <class T, int Lanes>
+template <class T, int Lanes, class Kept = T[kMaxBins * Lanes]>
 struct SplineWork {
-  SplineAxis<T, Lanes> x, y;
+  SplineAxis<T, Lanes, Kept> x, y;
   alignas(64) T bin[Lanes];  // its number, as a T so that selects stay in one register file
   alignas(64) T raw0[Lanes], raw1[Lanes], d0[Lanes], d1[Lanes];
   alignas(64) T raw_lambda[Lanes], lambda[Lanes];
@@ -115,8 +116,8 @@ struct SplineWork {
 };
 
 // exp(logit - largest) of every bin, and the factor that makes fractions of them.
-template <SplineStyle S, int Lanes, class T, class In>
-FK_CALLED void spline_exponentials(In logits, T least, const SplineOptions<T>& o, SplineAxis<T, Lanes>& axis) {
+template <SplineStyle S, int Lanes, class T, class In, class Kept>
+FK_CALLED void spline_exponentials(In logits, T least, const SplineOptions<T>& o, SplineAxis<T, Lanes, Kept>& axis) {
   alignas(64) T largest[Lanes], sum[Lanes], rest[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) largest[i] = sum[i] = rest[i] = T(0);
@@ -131,7 +132,7 @@ FK_CALLED void spline_exponentials(In logits, T least, const SplineOptions<T>& o
   }
   for (int k = 0; k < o.bins; ++k) {
     const In row = logits + k * Lanes;
-    T* const exponentials = axis.exponentials + k * Lanes;
+    const auto exponentials = axis.exponentials + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const T e = math::exp(spline_logit<S>(row[i], o) - largest[i]);
@@ -150,8 +151,8 @@ FK_CALLED void spline_exponentials(In logits, T least, const SplineOptions<T>& o
 
 // Start and size of one bin per lane. Search: the bin that position[i] lies in, whose number is written to `bin`;
 // otherwise the bin whose number is there.
-template <bool Search, int Lanes, class T>
-FK_CALLED void spline_find(const T* position, T least, int bins, SplineAxis<T, Lanes>& axis, T* bin) {
+template <bool Search, int Lanes, class T, class Kept>
+FK_CALLED void spline_find(const T* position, T least, int bins, SplineAxis<T, Lanes, Kept>& axis, T* bin) {
   alignas(64) T knot[Lanes], rest[Lanes];
   FK_SIMD
   for (int i = 0; i < Lanes; ++i) {
@@ -164,7 +165,7 @@ FK_CALLED void spline_find(const T* position, T least, int bins, SplineAxis<T, L
   }
   for (int k = 1; k < bins; ++k) {
     const bool last = k == bins - 1;
-    const T* const exponentials = axis.exponentials + k * Lanes;
+    const auto exponentials = axis.exponentials + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const bool here = Search ? position[i] >= knot[i] : bin[i] == T(k);
@@ -187,8 +188,8 @@ FK_INLINE bool spline_inside(T x, const SplineOptions<T>& o) {
 
 // Everything about the bin that each lane of x falls into; theta too, solved for when Inverse. Lanes outside the bounds
 // are put at a bound, so that what follows is finite.
-template <SplineStyle S, bool Inverse, int Lanes, class T, class In>
-FK_INLINE void spline_locate(const T* x, In parameters, const SplineOptions<T>& o, SplineWork<T, Lanes>& s) {
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In, class Kept>
+FK_INLINE void spline_locate(const T* x, In parameters, const SplineOptions<T>& o, SplineWork<T, Lanes, Kept>& s) {
   const int bins = o.bins;
   spline_exponentials<S>(parameters, o.min_width, o, s.x);
   spline_exponentials<S>(parameters + bins * Lanes, o.min_height, o, s.y);
@@ -253,10 +254,10 @@ FK_INLINE void spline_locate(const T* x, In parameters, const SplineOptions<T>& 
   }
 }
 
-// y and the log-det of every lane.
-template <SplineStyle S, bool Inverse, int Lanes, class T, class In>
-FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>& o, T* y, T* logdet) {
-  SplineWork<T, Lanes> w;
+// y and the log-det of every lane. Exponentials may be kept in place of the logits.
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In, class Kept>
+FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>& o, SplineWork<T, Lanes, Kept>& w,
+                               T* y, T* logdet) {
   spline_locate<S, Inverse>(x, parameters, o, w);
   // One loop would have the compiler branch around all of it for lanes outside the bounds, one lane at a time.
   alignas(64) T unit[Lanes], log_slope[Lanes];
@@ -279,9 +280,15 @@ FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>
   }
 }
 
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In>
+FK_INLINE void rq_spline_lanes(const T* x, In parameters, const SplineOptions<T>& o, T* y, T* logdet) {
+  SplineWork<T, Lanes> w;
+  rq_spline_lanes<S, Inverse>(x, parameters, o, w, y, logdet);
+}
+
 // Gradient of the logits of one axis: every fraction before the bin gets `before`, the bin's own gets `own`.
-template <SplineStyle S, int Lanes, class T, class In, class Out>
-FK_CALLED void spline_logit_gradients(In logits, const SplineAxis<T, Lanes>& axis, const T* bin, const T* before,
+template <SplineStyle S, int Lanes, class T, class In, class Kept, class Out>
+FK_CALLED void spline_logit_gradients(In logits, const SplineAxis<T, Lanes, Kept>& axis, const T* bin, const T* before,
                                       const T* own, T least, const SplineOptions<T>& o, Out grad) {
   // With f_j = least + factor e_j, sum over j of g_j (f_j - least) needs only the fractions up to the bin, which are
   // known.
@@ -295,7 +302,7 @@ FK_CALLED void spline_logit_gradients(In logits, const SplineAxis<T, Lanes>& axi
   for (int k = 0; k < o.bins; ++k) {
     const In row = logits + k * Lanes;
     const Out to = grad + k * Lanes;
-    const T* const exponentials = axis.exponentials + k * Lanes;
+    const auto exponentials = axis.exponentials + k * Lanes;
     FK_SIMD
     for (int i = 0; i < Lanes; ++i) {
       const T g = bin[i] > T(k) ? before[i] : (bin[i] == T(k) ? own[i] : T(0));
@@ -306,11 +313,12 @@ FK_CALLED void spline_logit_gradients(In logits, const SplineAxis<T, Lanes>& axi
 
 // Gradients of x and of all parameters. For the inverse, x stands for its input, the flow's y: with f the forward
 // transform at fixed parameters and l its log slope, dx = (dy - df) / f' and d(-l) = -(l_x dx + dl), so the forward
-// derivatives serve with other cotangents.
-template <SplineStyle S, bool Inverse, int Lanes, class T, class In, class Out>
+// derivatives serve with other cotangents. Gradients may be written over the parameters; exponentials may be kept in
+// place of the logits except where the style is zuko's, whose rates need these again.
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In, class Kept, class Out>
 FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, const T* x, In parameters,
-                                        const SplineOptions<T>& o, T* grad_x, Out grad_parameters) {
-  SplineWork<T, Lanes> w;
+                                        const SplineOptions<T>& o, SplineWork<T, Lanes, Kept>& w, T* grad_x,
+                                        Out grad_parameters) {
   spline_locate<S, Inverse>(x, parameters, o, w);
   const int bins = o.bins;
   const T length = T(2) * o.bound;
@@ -364,6 +372,13 @@ FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, c
       for (int i = 0; i < Lanes; ++i) to[i] = w.bin[i] == T(k) ? grad_lambda[i] : T(0);
     }
   }
+}
+
+template <SplineStyle S, bool Inverse, int Lanes, class T, class In, class Out>
+FK_INLINE void rq_spline_backward_lanes(const T* grad_y, const T* grad_logdet, const T* x, In parameters,
+                                        const SplineOptions<T>& o, T* grad_x, Out grad_parameters) {
+  SplineWork<T, Lanes> w;
+  rq_spline_backward_lanes<S, Inverse>(grad_y, grad_logdet, x, parameters, o, w, grad_x, grad_parameters);
 }
 
 // Calls f.template operator()<Style, Inverse>(); pyro's quadratic spline is nflows' with other options.

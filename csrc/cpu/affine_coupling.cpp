@@ -138,10 +138,11 @@ void run(const Tensor& x, const AffineArguments& a) {
   });
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                           const std::optional<Tensor>& logdet, const std::optional<Tensor>& positions,
-                                           int64_t law, const std::vector<double>& law_parameters, int64_t form,
-                                           bool inverse) {
+static std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                                                  const std::optional<Tensor>& logdet,
+                                                  const std::optional<Tensor>& positions, int64_t law,
+                                                  const std::vector<double>& law_parameters, int64_t form,
+                                                  bool inverse) {
   Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)}, compute_type(x));
   std::vector<Chunk> chunks;
   auto a = affine_arguments(x, shift, scale, positions, chunks, law, law_parameters, form, inverse);

@@ -26,8 +26,9 @@ struct DequantizeArguments {
 
 namespace fk {
 
-std::tuple<Tensor, Tensor> dequantize(const Tensor& x, const std::optional<Tensor>& noise, const Tensor& seed,
-                                      int64_t stream, int64_t levels, bool logit, double margin, bool in_double) {
+static std::tuple<Tensor, Tensor> dequantize(const Tensor& x, const std::optional<Tensor>& noise, const Tensor& seed,
+                                             int64_t stream, int64_t levels, bool logit, double margin,
+                                             bool in_double) {
   const int64_t rows = x.size(0), features = x.size(1);
   const ScalarType type = in_double ? ScalarType::Double : ScalarType::Float;
   Tensor y = new_empty(x, {rows, features}, type), logdet = new_empty(x, {rows}, type);
@@ -39,8 +40,7 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& x, const std::optional<Tenso
     a.x = given.const_data_ptr();
     a.noise = data_or_null<T>(drawn);
     a.stream = stream_of(seed, stream);
-    const double slope = (logit ? 1 - 2 * margin : 1.0) / static_cast<double>(levels);
-    a.options = {static_cast<T>(levels), static_cast<T>(margin), static_cast<T>(std::log(slope))};
+    a.options = dequantization<T>(levels, logit, margin);
     a.logit = logit;
     a.features = features;
     a.y = static_cast<T*>(y.mutable_data_ptr());

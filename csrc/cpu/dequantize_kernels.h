@@ -10,7 +10,7 @@ template <bool Logit, class T, class X>
 void dequantize_row(const DequantizeArguments<T>& a, const X* x, const T* noise, T* y, double& sum) {
   double lanes[kDequantizeLanes] = {};
   int64_t c = 0;
-  const T inverse = T(1) / a.options.levels;
+  const T step = T(1) / a.options.levels;
   for (; c + kDequantizeLanes <= a.features; c += kDequantizeLanes) {
     // Bytes become numbers in a loop of their own: next to bytes, GCC takes vectors of four floats instead of sixteen.
     T level[kDequantizeLanes], ld[kDequantizeLanes];
@@ -22,7 +22,7 @@ void dequantize_row(const DequantizeArguments<T>& a, const X* x, const T* noise,
         y[c + i] = out.y;
         ld[i] = out.logdet;
       } else {
-        y[c + i] = (level[i] + noise[c + i]) * inverse;
+        y[c + i] = dequantize_plain(level[i], noise[c + i], step);
       }
     }
     if constexpr (Logit) {
@@ -36,7 +36,7 @@ void dequantize_row(const DequantizeArguments<T>& a, const X* x, const T* noise,
       y[c] = out.y;
       lanes[c % kDequantizeLanes] += static_cast<double>(out.logdet);
     } else {
-      y[c] = (static_cast<T>(x[c]) + noise[c]) * inverse;
+      y[c] = dequantize_plain(static_cast<T>(x[c]), noise[c], step);
     }
   }
   for (int i = 0; i < kDequantizeLanes; ++i) sum += lanes[i];

@@ -16,8 +16,14 @@ template <class T>
 struct ElementView {
   T* data = nullptr;
   int64_t row = 0, column = 0, parameter = 0;
-  T* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
+  FK_INLINE T* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
 };
+
+inline void check_elements(const Tensor& x, const Tensor& parameters, int64_t count) {
+  STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3, "expected x (N, D) and parameters (N, D, P)");
+  STD_TORCH_CHECK(parameters.size(2) == count, "parameters must have ", count, " numbers per feature, got ",
+                  parameters.size(2));
+}
 
 template <class T>
 ElementView<const T> element_view(const Tensor& t) {

@@ -21,7 +21,7 @@ struct GumbelArguments {
 
 namespace fk {
 
-Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream, bool hard) {
+static Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& seed, int64_t stream, bool hard) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   Tensor y = new_empty(logits, {rows, classes});
   if (rows * classes == 0) return y;
@@ -40,8 +40,8 @@ Tensor gumbel_softmax(const Tensor& logits, const Tensor& tau, const Tensor& see
   return y;
 }
 
-std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Tensor& y, const Tensor& tau,
-                                                   bool for_tau) {
+static std::tuple<Tensor, Tensor> gumbel_softmax_backward(const Tensor& grad, const Tensor& y, const Tensor& tau,
+                                                          bool for_tau) {
   const int64_t rows = y.size(0), classes = y.size(1);
   Tensor grad_logits = new_empty(y, {rows, classes}), grad_tau = new_empty(y, {for_tau ? rows : 0});
   dispatch_float(y, [&]<class T>() {

@@ -33,9 +33,8 @@ template <class T>
 MixtureArguments<T> mixture_arguments(const Tensor& x, const Tensor& parameters, double min_log_scale, int64_t law,
                                       const std::vector<double>& law_parameters, bool inverse) {
   STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3, "expected x (N, D) and parameters (N, D, P)");
-  const int64_t count = parameters.size(2), components = (count - 2) / 3;
-  STD_TORCH_CHECK(count == 3 * components + 2 && components >= 1 && components <= kMaxComponents,
-                  "parameters must have 3 K + 2 numbers per feature, K = 1 to 64, got ", count);
+  const int64_t count = parameters.size(2), components = mixture_components(count);
+  STD_TORCH_CHECK(components > 0, "parameters must have 3 K + 2 numbers per feature, K = 1 to 64, got ", count);
   MixtureArguments<T> a;
   a.x = element_view<T>(x);
   a.parameters = element_view<T>(parameters);
@@ -53,9 +52,10 @@ inline int64_t mixture_grain(const Tensor& x, const Tensor& parameters, bool inv
   return grain_for(x.size(1) * parameters.size(2) * (inverse ? 8 : 1));
 }
 
-std::tuple<Tensor, Tensor> logistic_mixture(const Tensor& x, const Tensor& parameters,
-                                            const std::optional<Tensor>& logdet, double min_log_scale, int64_t law,
-                                            const std::vector<double>& law_parameters, bool inverse) {
+static std::tuple<Tensor, Tensor> logistic_mixture(const Tensor& x, const Tensor& parameters,
+                                                   const std::optional<Tensor>& logdet, double min_log_scale,
+                                                   int64_t law, const std::vector<double>& law_parameters,
+                                                   bool inverse) {
   Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)});
   std::optional<Tensor> running;
   if (logdet) running = as_contiguous(*logdet);
@@ -73,9 +73,10 @@ std::tuple<Tensor, Tensor> logistic_mixture(const Tensor& x, const Tensor& param
 }
 
 // x is the input of the forward direction in both cases: the inverse's output.
-std::tuple<Tensor, Tensor> logistic_mixture_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
-                                                     const Tensor& parameters, double min_log_scale, int64_t law,
-                                                     const std::vector<double>& law_parameters, bool inverse) {
+static std::tuple<Tensor, Tensor> logistic_mixture_backward(const Tensor& grad_y, const Tensor& grad_logdet,
+                                                            const Tensor& x, const Tensor& parameters,
+                                                            double min_log_scale, int64_t law,
+                                                            const std::vector<double>& law_parameters, bool inverse) {
   Tensor grad_x = new_empty(x, {x.size(0), x.size(1)}),
          grad_parameters = new_empty(x, {x.size(0), x.size(1), parameters.size(2)});
   const Tensor grad_rows = as_contiguous(grad_logdet);

@@ -13,8 +13,9 @@ void mixture_rows(const MixtureArguments<T>& a, int64_t begin, int64_t end) {
     load_values(x, a.x, lanes);
     load_parameters(theta, a.parameters, lanes, a.count);
     LaneScales<T, kElementLanes> scales;
+    MixtureWork<T, kElementLanes> work;
     dispatch_law(a.law_name, [&]<Law L>() { lane_scales<L>(theta + kElementLanes, a.law, scales); });
-    mixture_lanes<Inverse>(x, theta, a.mixture, scales, y, ld);
+    mixture_lanes<Inverse>(x, theta, a.mixture, scales, work, y, ld);
     store_values(a.y, y, lanes);
     sums.add(ld, lanes);
   }
@@ -31,8 +32,9 @@ void mixture_backward_rows(const MixtureArguments<T>& a, int64_t begin, int64_t 
     load_parameters(theta, a.parameters, lanes, a.count);
     for (int i = 0; i < kElementLanes; ++i) gl[i] = a.grad_logdet[lanes.row[i]];
     LaneScales<T, kElementLanes> scales;
+    MixtureWork<T, kElementLanes> work;
     dispatch_law(a.law_name, [&]<Law L>() { lane_scales<L>(theta + kElementLanes, a.law, scales); });
-    mixture_backward_lanes<Inverse>(gy, gl, x, theta, a.mixture, scales, gx, grads);
+    mixture_backward_lanes<Inverse>(gy, gl, x, theta, a.mixture, scales, work, gx, grads);
     store_values(a.grad_x, gx, lanes);
     store_parameters(a.grad_parameters, grads, lanes, a.count);
   }

@@ -58,8 +58,8 @@ void pack(const Net& net, const std::vector<Tensor>& parameters, const std::vect
   }
 }
 
-Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>& masks, const Tensor& table,
-                int64_t size) {
+static Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>& masks, const Tensor& table,
+                       int64_t size) {
   const Net net = read_net(table_data(table));
   STD_TORCH_CHECK(size == net.packed_size, "size must be ", net.packed_size, ", got ", size);
   Tensor packed = new_empty(parameters[0], {net.packed_size});

@@ -39,10 +39,7 @@ template void bind_spline(Transform<double>&, int64_t, int64_t, const double*, b
 template <class T>
 SplineArguments<T> spline_arguments(const Tensor& x, const Tensor& parameters, int64_t bins, int64_t style,
                                     const std::vector<double>& numbers, bool inverse) {
-  STD_TORCH_CHECK(x.dim() == 2 && parameters.dim() == 3, "expected x (N, D) and parameters (N, D, P)");
-  const int64_t wanted = spline_parameters(bins, style);
-  STD_TORCH_CHECK(parameters.size(2) == wanted, "parameters must have ", wanted, " numbers per feature, got ",
-                  parameters.size(2));
+  check_elements(x, parameters, spline_parameters(bins, style));
   SplineArguments<T> a;
   a.x = element_view<T>(x);
   a.parameters = element_view<T>(parameters);
@@ -55,8 +52,9 @@ SplineArguments<T> spline_arguments(const Tensor& x, const Tensor& parameters, i
 // Exponentials are what takes the time: two per bin.
 inline int64_t spline_grain(const Tensor& x, int64_t bins) { return grain_for(x.size(1) * bins); }
 
-std::tuple<Tensor, Tensor> rq_spline(const Tensor& x, const Tensor& parameters, const std::optional<Tensor>& logdet,
-                                     int64_t bins, int64_t style, const std::vector<double>& numbers, bool inverse) {
+static std::tuple<Tensor, Tensor> rq_spline(const Tensor& x, const Tensor& parameters,
+                                            const std::optional<Tensor>& logdet, int64_t bins, int64_t style,
+                                            const std::vector<double>& numbers, bool inverse) {
   Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)});
   std::optional<Tensor> running;
   if (logdet) running = as_contiguous(*logdet);
@@ -72,9 +70,9 @@ std::tuple<Tensor, Tensor> rq_spline(const Tensor& x, const Tensor& parameters, 
   return {y, total};
 }
 
-std::tuple<Tensor, Tensor> rq_spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
-                                              const Tensor& parameters, int64_t bins, int64_t style,
-                                              const std::vector<double>& numbers, bool inverse) {
+static std::tuple<Tensor, Tensor> rq_spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
+                                                     const Tensor& parameters, int64_t bins, int64_t style,
+                                                     const std::vector<double>& numbers, bool inverse) {
   Tensor grad_x = new_empty(x, {x.size(0), x.size(1)}),
          grad_parameters = new_empty(x, {x.size(0), x.size(1), parameters.size(2)});
   const Tensor grad_rows = as_contiguous(grad_logdet);

@@ -114,13 +114,7 @@ __global__ void __launch_bounds__(kThreads) affine_coupling_kernel(const AffineC
       store<S, T>(a.y, r, c, x, a.features, a.vector_x);
     }
   }
-  total = warp_sum(total);
-  if (a.wide) {
-    if (lane == 0) partial[warp] = total;
-    __syncthreads();
-    total = T(0);
-    for (int w = 0; w < kWarps; ++w) total += partial[w];
-  }
+  total = row_sum(total, a.wide, partial);
   if (thread == 0 && r < a.rows) a.logdet[r] = total + (a.logdet_in ? a.logdet_in[r] : T(0));
 }
 
@@ -189,10 +183,6 @@ AffineCall<S, T> affine_call(const Tensor& x, const Tensor& shift, const Tensor&
   a.vector_shift = vectorises(a.shift, a.features);
   a.vector_scale = vectorises(a.scale, a.features);
   return a;
-}
-
-inline bool wide_rows(const OnDevice& device, int64_t rows, int64_t features) {
-  return features > 4096 || (features > 512 && rows < 16 * static_cast<int64_t>(device.multiprocessors()));
 }
 
 template <class S>

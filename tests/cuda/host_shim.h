@@ -61,6 +61,13 @@ struct Fiber {
   // Two, used in turn: a lane may be one exchange ahead of another that has not read yet.
   alignas(16) unsigned char slot[2][32];
   unsigned turn = 0;
+  // Asynchronous copies, which arrive when they are waited for and not before.
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<Copy> copies;
 };
 
 struct State {
@@ -153,6 +160,7 @@ inline void run(const char* name, int64_t blocks, int threads, int64_t shared_by
       Fiber& f = s.fibers[static_cast<size_t>(t)];
       f.done = f.started = false;
       f.turn = 0;
+      f.copies.clear();
       if (f.stack.empty()) f.stack.resize(kStack);
       getcontext(&f.context);
       f.context.uc_stack.ss_sp = f.stack.data();
@@ -267,6 +275,21 @@ T __shfl_sync(unsigned, T value, int lane) {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return host_shim::exchange(value, (host_shim::state().current % host_shim::kWarp) ^ mask);
+}
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  const auto misaligned = [&](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % bytes != 0; };
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || misaligned(to) || misaligned(from))
+    throw std::runtime_error("an asynchronous copy is not aligned");
+  host_shim::State& s = host_shim::state();
+  s.fibers[static_cast<size_t>(s.current)].copies.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(size_t) {
+  host_shim::State& s = host_shim::state();
+  auto& copies = s.fibers[static_cast<size_t>(s.current)].copies;
+  for (const auto& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies.clear();
 }
 
 // Tensor cores: operands are whole in every lane, of a result each lane has eight elements.

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
+from flowkernels.ops.dequantize import reference as dequantize
 from flowkernels.ops.gumbel_argmax import reference as argmax
+from flowkernels.ops.logistic_mixture import reference as logistic_mixture
 from flowkernels.ops.maf import Step, _reference_chain
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.masked_linear import reference as linear
+from flowkernels.ops.rq_spline import reference as rq_spline
 from flowkernels.plan import Plan
 from flowkernels.random import KINDS, reference_noise, uniform_of_pairs, words
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
-from flowkernels.testing import _shaken
-from flowkernels.transforms import Spline, as_transform, code_and_numbers
+from flowkernels.testing import LAYOUTS, _shaken, poisoned, random_tensor, with_layout
+from flowkernels.transforms import LRSpline, RQSpline, Spline, as_transform, code_and_numbers
 
 
 def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -37,6 +40,29 @@ def assert_as_close(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Non
     plain_error = torch.where(finite, (plain.double() - exact).abs(), 0.0).max().item()
     rounding = torch.finfo(got.dtype).eps * max(1.0, exact.abs().max().item())
     assert error <= 2 * plain_error + 4 * rounding, f"{name}: error {error:.3g}, plain {plain_error:.3g}"
+
+
+def assert_as_plain(
+    name: str,
+    got: Sequence[Tensor],
+    reference: Callable[[torch.dtype, torch.dtype, int], Sequence[Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """`assert_as_close` with plain PyTorch's error found as flowkernels.testing.check_against_reference finds it.
+
+    That is the worst of several runs with inputs shaken by some roundings; for float64, which nothing is more exact
+    than, from float32, scaled down. `reference(dtype, low, run)` is run number `run`, shaken by roundings of `low`.
+    """
+    low = torch.float32
+    errors: list[Tensor] = []
+    for run in range(12):
+        pairs = zip(reference(low, low, run), reference(torch.float64, low, run), strict=True)
+        now = [(p.double() - e).abs() for p, e in pairs]
+        errors = [torch.maximum(a, b) for a, b in zip(errors, now, strict=True)] if errors else now
+    scale = 1.5 * torch.finfo(dtype).eps / torch.finfo(low).eps if dtype == torch.float64 else 1.0
+    exact = reference(torch.float64, dtype, 0)
+    for i, (ours, error, truth) in enumerate(zip(got, errors, exact, strict=True)):
+        assert_as_close(f"{name} output {i}", ours.reshape(truth.shape), truth + scale * error, truth)
 
 
 def affine_options() -> Iterator[tuple[ScaleLaw, str, bool]]:
@@ -244,19 +270,7 @@ def check_maf(
             torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
         ]
 
-    # How wrong plain PyTorch is, as flowkernels.testing.check_against_reference finds it: the worst of several runs
-    # with inputs shaken by some roundings; for float64, which nothing is more exact than, from float32, scaled down.
-    low = torch.float32
-    errors: list[Tensor] = []
-    for run in range(12):
-        pairs = zip(reference(low, low, run), reference(torch.float64, low, run), strict=True)
-        now = [(p.double() - e).abs() for p, e in pairs]
-        errors = [torch.maximum(a, b) for a, b in zip(errors, now, strict=True)] if errors else now
-    scale = 1.5 * torch.finfo(dtype).eps / torch.finfo(low).eps if dtype == torch.float64 else 1.0
-    exact = reference(torch.float64, dtype, 0)
-    for i, (ours, error, truth) in enumerate(zip(got, errors, exact, strict=True)):
-        name = f"maf inverse={inverse} output {i} {dtype}"
-        assert_as_close(name, ours.reshape(truth.shape), truth + scale * error, truth)
+    assert_as_plain(f"maf inverse={inverse} {dtype}", got, reference, dtype)
 
 
 # ---- masked linear layers --------------------------------------------------------------------------------------
@@ -333,3 +347,105 @@ def check_gumbel_argmax(
             ("normaliser", normaliser, plain, exact),
         ):
             assert_as_close(f"gumbel_argmax {name} {rows} x {classes} k={count} {dtype}", *values)
+
+
+# ---- elements with a row of parameters each --------------------------------------------------------------------
+
+
+def check_rq_spline(
+    kernels: Any, rows: int, features: int, bins: int, dtype: torch.dtype, style: str, inverse: bool, *,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """Some elements lie outside the bounds."""
+    spline = LRSpline(bins) if style == "linear" else RQSpline(style, bins)
+    x, parameters = _elements(rows, features, spline.params_per_feature, device)
+    options = (bins, spline.code, spline.numbers, inverse)
+    name = f"rq_spline {rows} x {features} {spline} inverse={inverse} {dtype}"
+    _check_elements(name, "rq_spline", kernels, rq_spline, (0.7 * spline.bound * x, parameters), options, dtype)
+
+
+def check_logistic_mixture(
+    kernels: Any, rows: int, features: int, components: int, dtype: torch.dtype, inverse: bool, *,
+    law: str = "tanh", device: str = "cpu",
+) -> None:  # fmt: skip
+    """Components as narrow and as far apart as random parameters make them."""
+    named = ScaleLaw(law)
+    x, parameters = _elements(rows, features, 3 * components + 2, device)
+    options = (-7.0, named.code, named.numbers, inverse)
+    name = f"logistic_mixture {rows} x {features} of {components} {law} inverse={inverse} {dtype}"
+    inputs = (1.5 * x, 0.5 * parameters)
+    _check_elements(name, "logistic_mixture", kernels, logistic_mixture, inputs, options, dtype)
+
+
+def _elements(rows: int, features: int, count: int, device: str) -> tuple[Tensor, Tensor]:
+    shapes = (rows, features), (rows, features, count)
+    return tuple(random_tensor(s, torch.float64, seed=i, device=device) for i, s in enumerate(shapes))  # type: ignore[return-value]
+
+
+def _check_elements(
+    name: str, operator: str, kernels: Any, plain: Any, inputs: Sequence[Tensor], options: Sequence[Any],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Values and gradients of an operator on (x, parameters), with and without a running log-det."""
+    given = [t.to(dtype) for t in inputs]
+    x = given[0]
+    shapes = x.shape, x.shape[:1], x.shape[:1]
+    rest = [random_tensor(s, dtype, seed=5 + i, device=x.device) for i, s in enumerate(shapes)]
+
+    def run(of: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+        x, parameters, grad_y, grad_logdet, logdet = tensors
+        forward, backward = getattr(of, operator), getattr(of, f"{operator}_backward")
+        gradients = backward(grad_y, grad_logdet, x, parameters, *options)
+        return [*forward(x, parameters, logdet, *options), forward(x, parameters, None, *options)[1], *gradients]
+
+    def reference(dtype: torch.dtype, low: torch.dtype, run_number: int) -> list[Tensor]:
+        tensors = [_shaken(t, low, run_number, i).to(dtype) for i, t in enumerate([*given, *rest])]
+        return run(plain, tensors)
+
+    with poisoned():
+        got = run(kernels, [*given, *rest])
+    assert_as_plain(name, got, reference, dtype)
+
+
+def check_element_layouts(
+    operator: str, kernels: Any, rows: int, features: int, count: int, options: Sequence[Any], dtype: torch.dtype, *,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """However the inputs lie in memory, an element and its gradient have the same bits."""
+    forward, backward = getattr(kernels, operator), getattr(kernels, f"{operator}_backward")
+    for layout in LAYOUTS:
+        shapes = [(rows, features), (rows, features, count), (rows,), (rows, features)]
+        given = [with_layout(random_tensor(s, dtype, seed=i, device=device), layout) for i, s in enumerate(shapes)]
+        plain = [t.clone(memory_format=torch.contiguous_format) for t in given]
+        for x, parameters, logdet, grad_y in (given, plain):
+            with poisoned():
+                now = *forward(x, parameters, logdet, *options), *backward(grad_y, logdet, x, parameters, *options)
+            if x is given[0]:
+                first = now
+        for i, (a, b) in enumerate(zip(first, now, strict=True)):
+            assert torch.equal(a, b), f"{operator} {layout} {dtype}: output {i} differs"
+
+
+def check_dequantize(
+    kernels: Any, rows: int, features: int, dtype: torch.dtype, logit: bool, *, bytes: bool = True, device: str = "cpu"
+) -> None:
+    """With noise that was given; and drawn, it is that of the stream."""
+    generator = torch.Generator().manual_seed(rows)
+    levels = torch.randint(0, 256, (rows, features), generator=generator).to(device)
+    x = levels.to(torch.uint8 if bytes else dtype)
+    seed = torch.tensor(0x123456789ABCDEF, device=device)
+    options = (seed, 3, 256, logit, 0.01, dtype == torch.float64)
+    noise = reference_noise(seed, 3, 0, x.numel(), 1, dtype == torch.float64).reshape(x.shape)
+
+    def reference(dtype: torch.dtype, low: torch.dtype, run: int) -> Sequence[Tensor]:
+        in_double = dtype == torch.float64
+        return dequantize.dequantize(levels, _shaken(noise, low, run, 0).to(dtype), *options[:-1], in_double)
+
+    with poisoned():
+        drawn, given = kernels.dequantize(x, None, *options), kernels.dequantize(x, noise, *options)
+        x, noise = (with_layout(t, "offset") for t in (x, noise))
+        offset = kernels.dequantize(x, noise, *options)
+    for a, b, c in zip(drawn, given, offset, strict=True):
+        assert torch.equal(a, b), "its own noise is not that of the stream"
+        assert torch.equal(a, c), "results depend on where the tensors lie"
+    assert_as_plain(f"dequantize {rows} x {features} {dtype} logit={logit} bytes={bytes}", drawn, reference, dtype)

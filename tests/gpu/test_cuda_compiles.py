@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,19 @@ def test_every_kernel_is_reported(nvcc: str) -> None:
     """The report is read whole: one entry for each __global__ function and type."""
     source = next(path for path in build.SOURCES if path.stem == "affine_coupling")
     assert len(build.nvcc_report(source, "90a")) == 16, os.linesep.join(map(str, build.nvcc_report(source, "90a")))
+
+
+def exported_functions(source: Path) -> set[str]:
+    """The functions that a source defines for the linker, with their parameters."""
+    text = re.sub(r"//.*|^template.*\n.*", "", source.read_text(), flags=re.MULTILINE)
+    found = re.findall(r"^(?!static |inline )\w[\w:<>, ]*[ &*](\w+)\(([^;{}]*)\) \{$", text, flags=re.MULTILINE)
+    return {f"{name}({' '.join(parameters.split())})" for name, parameters in found}
+
+
+def test_no_function_is_defined_on_both_sides() -> None:
+    """CPU and CUDA sources become one library: of a name and its parameters the linker takes one definition."""
+    here = {name for source in build.SOURCES for name in exported_functions(source)}
+    there = {name for source in build.ROOT.glob("csrc/**/*.cpp") for name in exported_functions(source)}
+    assert len(here) > 5
+    assert len(there) > 20
+    assert not here & there

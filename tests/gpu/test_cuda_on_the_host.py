@@ -16,17 +16,24 @@ from cases import (
     PLANS,
     affine_options,
     check_affine,
+    check_dequantize,
+    check_element_layouts,
     check_gumbel_argmax,
+    check_logistic_mixture,
     check_maf,
     check_masked_linear,
+    check_rq_spline,
     made_masks,
     spline_plan,
 )
+from torch import Tensor
 
 import flowkernels as fk
+from flowkernels.ops.logistic_mixture import reference as logistic_mixture
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
 from flowkernels.ops.masked_linear.degrees import sorted_degrees
+from flowkernels.ops.rq_spline import reference as rq_spline
 from flowkernels.plan import Plan
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
 from flowkernels.transforms import LRSpline, RQSpline, Spline, code_and_numbers
@@ -218,7 +225,7 @@ def test_under_other_circumstances(host_kernels: Any, setting: str) -> None:
     """Threads run in the other order, and less shared memory: the results stay right. A missing barrier would show."""
     script = """
 import torch, build
-from cases import PLANS, check_gumbel_argmax, check_maf, check_masked_linear
+from cases import PLANS, check_gumbel_argmax, check_logistic_mixture, check_maf, check_masked_linear, check_rq_spline
 from flowkernels.ops.masked_linear import cuda
 build.load_host_libraries()
 check_masked_linear(cuda.masked_linear, cuda.masked_linear_backward, torch.float32)
@@ -228,6 +235,10 @@ for plan in ("two_layers", "shuffled", "several_blocks", "residual_context"):
         check_maf(torch.ops.flowkernels_cuda, [PLANS[plan]()], 9, torch.float32, inverse)
 for rows, classes in ((9, 300), (2, 2100)):
     check_gumbel_argmax(torch.ops.flowkernels_cuda.gumbel_argmax, rows, classes, torch.float32)
+for style in ("nflows", "zuko"):
+    for rows, features, bins in ((9, 7, 3), (30, 40, 4), (30, 40, 5), (3, 400, 30)):
+        check_rq_spline(torch.ops.flowkernels_cuda, rows, features, bins, torch.float32, style, True)
+check_logistic_mixture(torch.ops.flowkernels_cuda, 11, 13, 4, torch.float32, False)
 """
     here = Path(__file__).parent
     path = os.pathsep.join(
@@ -312,3 +323,130 @@ def test_gumbel_argmax_of_impossible_rows(host_kernels: Any) -> None:
         assert normaliser[:3, 1].isnan().all()
         assert index[3].tolist() == [1] * samples
         assert log_prob[3].tolist() == [0.0] * samples
+
+
+STYLES = ("nflows", "zuko", "pyro", "linear")
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize("style", STYLES)
+def test_rq_spline(host_kernels: Any, style: str, inverse: bool) -> None:
+    for dtype in FLOATS:
+        for bins in (2, 5, 8):
+            check_rq_spline(host_kernels, 9, 7, bins, dtype, style, inverse)
+
+
+# Fewer features than lanes, than threads, than the log-det's terms, and more; no rows, no features, many rows.
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (5, 0), (1, 1), (700, 1), (300, 2), (41, 33), (17, 64), (5, 130), (2, 1025), (1, 2100)], ids=str
+)
+def test_rq_spline_shapes(host_kernels: Any, shape: tuple[int, int]) -> None:
+    for dtype in FLOATS:
+        check_rq_spline(host_kernels, *shape, 3, dtype, "nflows", False)
+
+
+def test_rq_spline_of_most_bins(host_kernels: Any) -> None:
+    for style in STYLES:
+        check_rq_spline(host_kernels, 7, 20, 64, torch.float64, style, False)
+
+
+@pytest.mark.parametrize("bins", [3, 4, 5])
+def test_rq_spline_layouts(host_kernels: Any, bins: int) -> None:
+    """Numbers of parameters with each way through shared memory: a multiple of four, an odd one, twice an odd one."""
+    for dtype in FLOATS:
+        for spline in (RQSpline("nflows", bins), RQSpline("zuko", bins)):
+            options = (bins, spline.code, spline.numbers, True)
+            check_element_layouts("rq_spline", host_kernels, 37, 5, spline.params_per_feature, options, dtype)
+
+
+def test_rq_spline_at_and_beyond_the_bounds(host_kernels: Any) -> None:
+    x = torch.tensor([[-torch.inf, -3.0001, -3.0, -0.0, 3.0, 3.0001, torch.inf, torch.nan]])
+    given = torch.randn(1, 8, 14, generator=torch.Generator().manual_seed(0)), torch.ones(1, 8), torch.ones(1)
+    spline = RQSpline("nflows", 5)
+    for inverse in (True, False):
+        options = (5, spline.code, spline.numbers, inverse)
+        for name in ("rq_spline", "rq_spline_backward"):
+
+            def call(of: Any, x: Tensor, theta: Tensor, grad: Tensor, sums: Tensor, name: str = name) -> Any:
+                tensors = (grad, sums, x, theta) if name.endswith("backward") else (x, theta, sums)
+                return getattr(of, name)(*tensors, *options)  # noqa: B023
+
+            exact = call(rq_spline, x.double(), *(t.double() for t in given))
+            for a, b in zip(call(host_kernels, x, *given), exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+def test_rq_spline_asks_for_what_it_reads(host_kernels: Any) -> None:
+    spline = RQSpline("nflows", 4)
+    with pytest.raises(RuntimeError, match="parameters must have 11 numbers per feature, got 10"):
+        host_kernels.rq_spline(torch.zeros(2, 3), torch.zeros(2, 3, 10), None, 4, 0, spline.numbers, False)
+    with pytest.raises(RuntimeError, match="bins must be 2 to 64, got 65"):
+        host_kernels.rq_spline(torch.zeros(2, 3), torch.zeros(2, 3, 194), None, 65, 0, spline.numbers, False)
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize("components", [1, 2, 5, 64])
+def test_logistic_mixture(host_kernels: Any, components: int, inverse: bool) -> None:
+    for dtype in FLOATS:
+        check_logistic_mixture(host_kernels, 9, 5, components, dtype, inverse)
+
+
+@pytest.mark.parametrize("law", NAMES)
+def test_logistic_mixture_laws(host_kernels: Any, law: str) -> None:
+    for inverse in (True, False):
+        check_logistic_mixture(host_kernels, 5, 3, 3, torch.float32, inverse, law=law)
+
+
+def test_logistic_mixture_shapes(host_kernels: Any) -> None:
+    for rows, features in ((0, 5), (5, 0), (700, 1), (41, 33), (2, 1025)):
+        check_logistic_mixture(host_kernels, rows, features, 2, torch.float32, False)
+
+
+@pytest.mark.parametrize("components", [2, 3, 4])
+def test_logistic_mixture_layouts(host_kernels: Any, components: int) -> None:
+    law = ScaleLaw("tanh")
+    for dtype in FLOATS:
+        options = (-7.0, law.code, law.numbers, True)
+        check_element_layouts("logistic_mixture", host_kernels, 37, 5, 3 * components + 2, options, dtype)
+
+
+def test_logistic_mixture_far_from_its_components(host_kernels: Any) -> None:
+    """Both tails, a gap in which float32 would underflow, a scale below its least, and a number that is none. In the
+    gap the inverse is too steep for the reference."""
+    theta = torch.tensor([0.3, 0.1, 0.0, 0.5, -20.0, 20.0, -3.0, -9.0], dtype=torch.float64).expand(6, 1, 8)
+    law, grad = ScaleLaw("tanh"), torch.ones(6, 1, dtype=torch.float64)
+    for inverse, gap in ((True, -20.3), (False, 0.0)):
+        x = torch.tensor([-1e4, -300.0, gap, 300.0, 1e4, torch.nan], dtype=torch.float64)[:, None]
+        options = (-7.0, law.code, law.numbers, inverse)
+        ours, plain = (
+            (
+                *of.logistic_mixture(x, theta, None, *options),
+                *of.logistic_mixture_backward(grad, grad[:, 0], x, theta, *options),
+            )
+            for of in (host_kernels, logistic_mixture)
+        )  # fmt: skip
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def test_logistic_mixture_asks_for_what_it_reads(host_kernels: Any) -> None:
+    law = ScaleLaw("tanh")
+    with pytest.raises(RuntimeError, match="parameters must have 3 K \\+ 2 numbers per feature, K = 1 to 64, got 10"):
+        host_kernels.logistic_mixture(
+            torch.zeros(2, 3), torch.zeros(2, 3, 10), None, -7.0, law.code, law.numbers, False
+        )
+
+
+@pytest.mark.parametrize("logit", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (5, 0), (1, 1), (9, 7), (17, 64), (3, 130), (2, 1025), (2, 784), (1, 4100)], ids=str
+)
+def test_dequantize(host_kernels: Any, shape: tuple[int, int], logit: bool) -> None:
+    for dtype in FLOATS:
+        for bytes in (True, False):
+            check_dequantize(host_kernels, *shape, dtype, logit, bytes=bytes)
+
+
+def test_dequantize_reads_bytes_or_what_it_calculates_in(host_kernels: Any) -> None:
+    with pytest.raises(RuntimeError, match="x must be uint8 or of the type that is calculated in"):
+        host_kernels.dequantize(torch.zeros(2, 3), None, torch.tensor(1), 0, 256, True, 0.01, True)

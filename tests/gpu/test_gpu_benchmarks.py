@@ -43,6 +43,7 @@ print("ROWS", json.dumps(rows))
     seen = {(row["family"], row["variant"]) for row in rows}
     for family in ("affine_coupling", "maf", "gumbel_softmax", "gumbel_argmax", "masked_linear"):
         assert {(family, "cuda"), (family, "triton")} <= seen, family
+    assert {("rq_spline", "cuda"), ("logistic_mixture", "cuda"), ("dequantize", "cuda")} <= seen
     # What there are two backends for is timed on both, of several sizes, with all that a choice needs.
     cases: dict[tuple[str, str], set[str]] = {}
     for row in rows:

@@ -13,9 +13,13 @@ from cases import (
     PLANS,
     affine_options,
     check_affine,
+    check_dequantize,
+    check_element_layouts,
     check_gumbel_argmax,
+    check_logistic_mixture,
     check_maf,
     check_masked_linear,
+    check_rq_spline,
     made_masks,
     spline_plan,
 )
@@ -23,7 +27,7 @@ from cases import (
 import flowkernels as fk
 from flowkernels import _cuda, _gpu_choices
 from flowkernels.plan import Plan
-from flowkernels.scales import ScaleLaw
+from flowkernels.scales import NAMES, ScaleLaw
 from flowkernels.transforms import LRSpline, RQSpline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -164,6 +168,53 @@ def test_masked_linear(name: str, dtype: torch.dtype) -> None:
     check_masked_linear(*calls, dtype, shapes=((3000, 300, 265, 200),), device="cuda")
 
 
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+@pytest.mark.parametrize("style", ["nflows", "zuko", "pyro", "linear"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_rq_spline(name: str, style: str, inverse: bool) -> None:
+    kernels = kernels_of(name, "rq_spline")
+    for dtype in (torch.float64, torch.float32):
+        for rows, features in ((0, 5), (5, 0), (1, 1), (700, 2), (41, 33), (2, 1025)):
+            check_rq_spline(kernels, rows, features, 8, dtype, style, inverse, device="cuda")
+        for bins in (2, 5, 64):
+            check_rq_spline(kernels, 41, 33, bins, dtype, style, inverse, device="cuda")
+
+
+@pytest.mark.parametrize("bins", [3, 4, 5])
+def test_rq_spline_layouts(bins: int) -> None:
+    kernels = kernels_of("cuda", "rq_spline")
+    for dtype in (torch.float64, torch.float32):
+        for spline in (RQSpline("nflows", bins), RQSpline("zuko", bins)):
+            options = (bins, spline.code, spline.numbers, True)
+            count = spline.params_per_feature
+            check_element_layouts("rq_spline", kernels, 370, 50, count, options, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+def test_logistic_mixture(inverse: bool) -> None:
+    kernels = kernels_of("cuda", "logistic_mixture")
+    for dtype in (torch.float64, torch.float32):
+        for components in (1, 4, 5, 64):
+            check_logistic_mixture(kernels, 41, 33, components, dtype, inverse, device="cuda")
+    law = ScaleLaw("tanh")
+    for components in (2, 3, 4):
+        options = (-7.0, law.code, law.numbers, inverse)
+        check_element_layouts(
+            "logistic_mixture", kernels, 370, 50, 3 * components + 2, options, torch.float32, device="cuda"
+        )
+    for name in NAMES:
+        check_logistic_mixture(kernels, 9, 7, 3, torch.float32, inverse, law=name, device="cuda")
+
+
+@pytest.mark.parametrize("logit", [True, False])
+def test_dequantize(logit: bool) -> None:
+    kernels = kernels_of("cuda", "dequantize")
+    for dtype in (torch.float64, torch.float32):
+        for rows, features in ((0, 3), (5, 0), (1, 1), (9, 7), (2, 1025), (300, 784), (3, 9000)):
+            for bytes in (True, False):
+                check_dequantize(kernels, rows, features, dtype, logit, bytes=bytes, device="cuda")
+
+
 # ---- through the public faces ---------------------------------------------------------------------------------------
 
 
@@ -236,11 +287,16 @@ def test_captured_in_a_graph(name: str) -> None:
     layer = fk.nn.MADE(20, (40,)).cuda().requires_grad_(False)
     z = torch.randn(70, 20, device="cuda")
     x = torch.randn(9, 16, device="cuda")
+    spline, theta = RQSpline("zuko", 4), torch.randn(9, 16, 11, device="cuda")
     calls = [
         lambda: flow.inverse(z), lambda: flow.transform(z), lambda: fk.ops.affine_coupling(x, x, x),
         lambda: (layer(z),),
         lambda: fk.ops.gumbel_argmax(x, seed=5)[1:], lambda: fk.ops.gumbel_argmax(x, 3, seed=5)[1:],
     ]  # fmt: skip
+    if _cuda.has_kernel(name, "rq_spline"):
+        calls.append(lambda: fk.ops.rq_spline(x, theta, spline=spline))
+    if _cuda.has_kernel(name, "logistic_mixture"):
+        calls.append(lambda: fk.ops.logistic_mixture(x, theta, inverse=True))
     for plain in calls:
 
         def call(plain: Any = plain) -> Any:

@@ -31,7 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(
         _cuda,
         "has_kernel",
-        lambda name, operator: operator != "rq_spline" and (name, operator) != ("triton", "maf_spline"),
+        lambda name, operator: operator != "gumbel_argmax" and (name, operator) != ("triton", "maf_spline"),
     )
     monkeypatch.setattr(_cuda, "built_for", lambda: (80, 90))
     monkeypatch.setattr(_cuda, "has_triton", lambda: True)
@@ -173,8 +173,8 @@ def test_auto_takes_the_next_and_says_why(machine: pytest.MonkeyPatch) -> None:
 def test_forced_backends(machine: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "triton", "reference"):
         assert _cuda.choose("affine_coupling", name)[0] == name
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run rq_spline: there is no CUDA C"):
-        _cuda.choose("rq_spline", "cuda")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run gumbel_argmax: there is no CUDA C"):
+        _cuda.choose("gumbel_argmax", "cuda")
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run affine_coupling on CUDA tensors"):
         _cuda.choose("affine_coupling", "cpu")
 
@@ -280,7 +280,10 @@ def test_explain_names_every_family(
 ) -> None:
     machine.setattr(_gpu_choices, "TABLE", tmp_path / "gpu_choices.json")
     text = "\n".join(_cuda.explain())
-    for operator in ("affine_coupling", "masked_linear", "maf", "maf_spline", "gumbel_softmax", "gumbel_argmax"):
+    for operator in (
+        "affine_coupling", "rq_spline", "logistic_mixture", "masked_linear", "maf", "maf_spline", "dequantize",
+        "gumbel_softmax", "gumbel_argmax",
+    ):  # fmt: skip
         assert f"{operator}: cuda (not measured yet" in text
     assert "backward" not in text
     assert "99 KB of shared memory" in text
