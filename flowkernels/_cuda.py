@@ -25,6 +25,8 @@ TRITON = {
     "maf_pack": ("flowkernels.ops.maf.triton", "maf_pack"),
     "maf": ("flowkernels.ops.maf.triton", "maf"),
     "maf_backward": ("flowkernels.ops.maf.triton", "maf_backward"),
+    "rq_spline": ("flowkernels.ops.rq_spline.triton", "rq_spline"),
+    "rq_spline_backward": ("flowkernels.ops.rq_spline.triton", "rq_spline_backward"),
     "gumbel_softmax": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax"),
     "gumbel_softmax_backward": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax_backward"),
     "gumbel_argmax": ("flowkernels.ops.gumbel_argmax.triton", "gumbel_argmax"),
@@ -196,7 +198,9 @@ def explain() -> list[str]:
     if not torch.cuda.is_available():
         return ["GPU: torch sees no CUDA device"]
     lines = [f"GPU: {torch.cuda.get_device_name()}"]
-    for operator in ("affine_coupling", "masked_linear", "maf", "maf_spline", "gumbel_softmax", "gumbel_argmax"):
+    for operator in (
+        "affine_coupling", "masked_linear", "maf", "maf_spline", "rq_spline", "gumbel_softmax", "gumbel_argmax"
+    ):  # fmt: skip
         name, why = choose(operator, "auto")
         lines.append(f"  {operator}: {name} ({why})")
     properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())

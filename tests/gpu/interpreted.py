@@ -13,11 +13,14 @@ from cases import (
     check_affine,
     check_maf,
     check_masked_linear,
+    check_rq_spline,
+    check_rq_spline_extremes,
     made_masks,
 )
 
 from flowkernels.plan import ACTIVATIONS, Plan
 from flowkernels.scales import ScaleLaw
+from flowkernels.testing import LAYOUTS
 
 
 def interpreted(kernel: object) -> None:
@@ -36,6 +39,26 @@ def affine_coupling() -> None:
             check_affine(
                 kernels, rows, features, torch.float32, ScaleLaw("softplus"), "scale_shift", False, layout=layout
             )
+
+
+def rq_spline() -> None:
+    from flowkernels.ops.rq_spline import triton as kernels
+
+    interpreted(kernels.forward_kernel)
+    for style in ("nflows", "zuko", "linear"):
+        for inverse in (False, True):
+            for dtype in (torch.float64, torch.float32):
+                check_rq_spline(kernels, 125, 31, 3, dtype, style, inverse)
+            check_rq_spline_extremes(kernels, torch.float32, style, inverse)
+    for rows, bins, dtype, style, inverse in (
+        (125, 8, torch.float32, "nflows", True), (125, 8, torch.bfloat16, "linear", False),
+        (125, 2, torch.float16, "pyro", True), (8, 64, torch.float32, "zuko", False),
+    ):  # fmt: skip
+        check_rq_spline(kernels, rows, 31, bins, dtype, style, inverse)
+    for layout in LAYOUTS:
+        check_rq_spline(kernels, 9, 5, 2, torch.float32, "nflows", True, layout=layout)
+    for rows, features in ((0, 5), (5, 0), (1, 1), (2, 4100)):
+        check_rq_spline(kernels, rows, features, 2, torch.float32, "linear", False)
 
 
 def masked_linear() -> None:
@@ -115,6 +138,6 @@ def gumbel() -> None:
 
 
 if __name__ == "__main__":
-    checks = (affine_coupling, masked_linear, maf, either_layout, gumbel)
+    checks = (affine_coupling, rq_spline, masked_linear, maf, either_layout, gumbel)
     {check.__name__: check for check in checks}[sys.argv[1]]()
     print(f"{sys.argv[1]}: as the reference says")
