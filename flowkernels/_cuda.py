@@ -25,6 +25,8 @@ TRITON = {
     "maf_pack": ("flowkernels.ops.maf.triton", "maf_pack"),
     "maf": ("flowkernels.ops.maf.triton", "maf"),
     "maf_backward": ("flowkernels.ops.maf.triton", "maf_backward"),
+    "maf_spline": ("flowkernels.ops.maf.triton", "maf"),
+    "maf_spline_backward": ("flowkernels.ops.maf.triton", "maf_backward"),
     "rq_spline": ("flowkernels.ops.rq_spline.triton", "rq_spline"),
     "rq_spline_backward": ("flowkernels.ops.rq_spline.triton", "rq_spline_backward"),
     "gumbel_softmax": ("flowkernels.ops.gumbel_softmax.triton", "gumbel_softmax"),

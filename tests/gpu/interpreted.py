@@ -16,11 +16,13 @@ from cases import (
     check_rq_spline,
     check_rq_spline_extremes,
     made_masks,
+    spline_plan,
 )
 
 from flowkernels.plan import ACTIVATIONS, Plan
 from flowkernels.scales import ScaleLaw
 from flowkernels.testing import LAYOUTS
+from flowkernels.transforms import LRSpline, RQSpline
 
 
 def interpreted(kernel: object) -> None:
@@ -87,6 +89,27 @@ def maf() -> None:
             check_maf(kernels, [plan], 2, torch.float32, inverse, law="sigmoid", form="gate")
 
 
+def maf_splines() -> None:
+    from flowkernels.ops.maf import triton as kernels
+
+    interpreted(kernels.sweep_kernel)
+    for inverse in (True, False):
+        for spline in (RQSpline("nflows", 3, bound=2.0), RQSpline("zuko", 3), LRSpline(2)):
+            plan = spline_plan(spline, 3, [5, 4], activation="tanh")
+            check_maf(kernels, [plan], 5, torch.float32, inverse, law=spline)
+        check_maf(kernels, [spline_plan(spline, 2, [3])], 40, torch.float64, inverse, law=spline)
+        check_maf(kernels, [plan], 0, torch.float32, inverse, law=spline)
+        laws = [ScaleLaw("tanh", bound=1.5), spline, ScaleLaw("sigmoid", floor=0.1)]
+        plans = [Plan(made_masks(3, [4])), plan, Plan(made_masks(3, [4], shuffled=True))]
+        check_maf(kernels, plans, 3, torch.float32, inverse, law=laws)
+    # More features in one step than a tile has, and more than a program of the density direction takes.
+    wide = [torch.ones(6, 20) * (torch.arange(20) < 18), torch.cat([torch.zeros(126, 6), torch.ones(14, 6)])]
+    spline = LRSpline(2)
+    plan = Plan(wide, parameters=spline.parameter_names)
+    check_maf(kernels, [plan], 3, torch.float32, True, law=spline)
+    check_maf(kernels, [spline_plan(spline, 70, [3])], 2, torch.float32, False, law=spline)
+
+
 def either_layout() -> None:
     """What C++ packs or keeps Triton reads, and the other way round: each may run a part of one chain."""
     import build
@@ -100,6 +123,12 @@ def either_layout() -> None:
             mixed = {n: getattr(backwards if n.endswith("backward") else forwards, n) for n in names}
             for inverse in (True, False):
                 check_maf(SimpleNamespace(**mixed), [PLANS[plan]()], 5, torch.float32, inverse)
+    spline = RQSpline("nflows", 2)
+    for forwards, backwards in ((kernels, compiled), (compiled, kernels)):
+        mixed = {n: getattr(backwards if n.endswith("backward") else forwards, n) for n in names}
+        for inverse in (True, False):
+            plan = spline_plan(spline, 3, [4], activation="silu")
+            check_maf(SimpleNamespace(**mixed), [plan], 5, torch.float32, inverse, law=spline)
 
 
 def gumbel() -> None:
@@ -138,6 +167,6 @@ def gumbel() -> None:
 
 
 if __name__ == "__main__":
-    checks = (affine_coupling, rq_spline, masked_linear, maf, either_layout, gumbel)
+    checks = (affine_coupling, rq_spline, masked_linear, maf, maf_splines, either_layout, gumbel)
     {check.__name__: check for check in checks}[sys.argv[1]]()
     print(f"{sys.argv[1]}: as the reference says")

@@ -7,12 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PLANS, affine_options, check_affine, check_maf, check_masked_linear, made_masks, spline_plan
+from cases import (
+    PLANS,
+    affine_options,
+    check_affine,
+    check_maf,
+    check_masked_linear,
+    check_rq_spline,
+    check_rq_spline_extremes,
+    made_masks,
+    spline_plan,
+)
 
 import flowkernels as fk
 from flowkernels import _cuda
 from flowkernels.plan import Plan
 from flowkernels.scales import ScaleLaw
+from flowkernels.testing import LAYOUTS
 from flowkernels.transforms import LRSpline, RQSpline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -62,8 +73,9 @@ def test_maf_at_real_sizes(name: str, inverse: bool) -> None:
 
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
-def test_maf_of_splines_and_laws(inverse: bool) -> None:
-    kernels = kernels_of("cuda", "maf_spline")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_maf_of_splines_and_laws(name: str, inverse: bool) -> None:
+    kernels = kernels_of(name, "maf_spline")
     for spline in (RQSpline("nflows", 8), RQSpline("zuko", 8), RQSpline("nflows", 64), LRSpline(8)):
         plans = [spline_plan(spline, 5, [40, 30]), Plan(made_masks(5, [30]))]
         for samples in (1, 9, 1000):
@@ -71,6 +83,22 @@ def test_maf_of_splines_and_laws(inverse: bool) -> None:
                 kernels, plans, samples, torch.float64, inverse, law=[spline, ScaleLaw("tanh", bound=1.5)],
                 device="cuda",
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_rq_spline(name: str, dtype: torch.dtype) -> None:
+    kernels = kernels_of(name, "rq_spline")
+    for style in ("nflows", "zuko", "pyro", "linear"):
+        for inverse in (False, True):
+            for bins in (2, 8, 64):
+                check_rq_spline(kernels, 129, 31, bins, dtype, style, inverse, device="cuda")
+            if dtype.itemsize >= 4:
+                check_rq_spline_extremes(kernels, dtype, style, inverse, device="cuda")
+    for layout in LAYOUTS:
+        check_rq_spline(kernels, 33, 70, 8, dtype, "nflows", True, layout=layout, device="cuda")
+    for rows, features in ((0, 5), (5, 0), (1, 1), (3, 1100), (4000, 64)):
+        check_rq_spline(kernels, rows, features, 8, dtype, "linear", False, device="cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
