@@ -10,6 +10,7 @@ from cases import (
     PLANS,
     affine_options,
     assert_as_close,
+    between_permutations,
     check_affine,
     check_maf,
     check_masked_linear,
@@ -95,12 +96,12 @@ def maf_splines() -> None:
     interpreted(kernels.sweep_kernel)
     for inverse in (True, False):
         for spline in (RQSpline("nflows", 3, bound=2.0), RQSpline("zuko", 3), LRSpline(2)):
-            plan = spline_plan(spline, 3, [5, 4], activation="tanh")
+            plan = between_permutations(spline_plan(spline, 3, [5, 4], activation="tanh"))
             check_maf(kernels, [plan], 5, torch.float32, inverse, law=spline)
         check_maf(kernels, [spline_plan(spline, 2, [3])], 40, torch.float64, inverse, law=spline)
         check_maf(kernels, [plan], 0, torch.float32, inverse, law=spline)
         laws = [ScaleLaw("tanh", bound=1.5), spline, ScaleLaw("sigmoid", floor=0.1)]
-        plans = [Plan(made_masks(3, [4])), plan, Plan(made_masks(3, [4], shuffled=True))]
+        plans = [Plan(made_masks(3, [4])), plan, between_permutations(Plan(made_masks(3, [4], shuffled=True)))]
         check_maf(kernels, plans, 3, torch.float32, inverse, law=laws)
     # More features in one step than a tile has, and more than a program of the density direction takes.
     wide = [torch.ones(6, 20) * (torch.arange(20) < 18), torch.cat([torch.zeros(126, 6), torch.ones(14, 6)])]

@@ -10,6 +10,7 @@ import torch
 from cases import (
     PLANS,
     affine_options,
+    between_permutations,
     check_affine,
     check_maf,
     check_masked_linear,
@@ -83,6 +84,16 @@ def test_maf_of_splines_and_laws(name: str, inverse: bool) -> None:
                 kernels, plans, samples, torch.float64, inverse, law=[spline, ScaleLaw("tanh", bound=1.5)],
                 device="cuda",
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "forward"])
+def test_maf_between_permutations(inverse: bool) -> None:
+    """In Triton: C++ has no kernel that does."""
+    kernels, spline = kernels_of("triton", "maf"), RQSpline("zuko", 8)
+    for plan in (PLANS["several_blocks"](), PLANS["residual_context"]()):
+        check_maf(kernels, [between_permutations(plan), plan], 70, torch.float32, inverse, device="cuda")
+    plan = between_permutations(spline_plan(spline, 9, [40]))
+    check_maf(kernels, [plan], 70, torch.float32, inverse, law=spline, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

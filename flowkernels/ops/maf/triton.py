@@ -352,6 +352,7 @@ class _Net:
         orders = [header[5], *(record[7] for record in self.records)]
         perms = [t[begin : begin + n] for begin, n in zip(orders, (self.inputs, *rows), strict=True)]
         self.perms = [p.to(table.device) for p in perms]  # of what the first layer reads, then of every layer
+        self.data = t[header[12] : header[12] + self.inputs].to(table.device)  # where the features lie in a row of x
 
         # Kept rows, as csrc/cuda/maf.cu has them: inputs, and per layer outputs and pre-activations that slopes need.
         self.out: list[int] = []
@@ -537,10 +538,10 @@ def maf_forward(
     y, logdet = torch.empty_like(x), x.new_empty(samples)
     if samples:
         state = x.new_empty(net.kept, _stride(samples)) if saved is None else saved
-        state[: net.inputs, :samples] = x.t()[net.perms[0]]
+        state[: net.inputs, :samples] = x.t()[net.data]
         _Run(net, packed, table, state, samples, sweep=False, context=context).dense()
         density_kernel[(triton.cdiv(samples, 32),)](
-            x, y, logdet, state, net.perms[0], net.out[-1], samples, net.features, state.shape[1],
+            x, y, logdet, state, net.data, net.out[-1], samples, net.features, state.shape[1],
             *_transform(law, numbers, form, net), _features(law), 32, **_registers(law),
         )  # fmt: skip
     return y, logdet
@@ -555,7 +556,7 @@ def maf_inverse(
     if samples:
         state = x.new_empty(net.kept + net.features, _stride(samples)) if saved is None else saved
         run = _Run(net, packed, table, state, samples, sweep=True, context=context)
-        run.sweep(x, y, logdet, net.out[-1], net.kept, net.perms[0], law, numbers, form)
+        run.sweep(x, y, logdet, net.out[-1], net.kept, net.data, law, numbers, form)
     return y, logdet
 
 
@@ -572,16 +573,16 @@ def _backward(
     if samples:
         run = _Run(back, packed_back, table_back, grads, samples, sweep=inverse, saved=saved)
         if inverse:
-            run.sweep(grad_y, grad_x, grad_logdet, net.out[-1], net.kept, net.perms[0], law, numbers, form)
+            run.sweep(grad_y, grad_x, grad_logdet, net.out[-1], net.kept, net.data, law, numbers, form)
         else:
             features = _features(law)
             density_backward_kernel[(triton.cdiv(samples, 32), triton.cdiv(net.features, features))](
-                grad_y, grad_logdet, grad_x, grads, saved, net.perms[0], net.out[-1], samples, net.features,
+                grad_y, grad_logdet, grad_x, grads, saved, net.data, net.out[-1], samples, net.features,
                 grads.shape[1], *_transform(law, numbers, form, net), features, 32, **_registers(law),
             )  # fmt: skip
             run.dense()
             through = grads[back.out[-1] : back.out[-1] + net.features, :samples].flip(0)
-            grad_x[:, net.perms[0]] += through.t()
+            grad_x[:, net.data] += through.t()
     # Rows of gradients of pre-activations, per layer, in the forward net's order.
     layers = len(net.records)
     of_layer = []
