@@ -99,17 +99,23 @@ def test_maf_between_permutations(inverse: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_rq_spline(name: str, dtype: torch.dtype) -> None:
+    """Triton compiles two kernels for most of these: only float32 takes all of them."""
     kernels = kernels_of(name, "rq_spline")
-    for style in ("nflows", "zuko", "pyro", "linear"):
+    for style in ("nflows", "zuko", "linear"):
         for inverse in (False, True):
-            for bins in (2, 8, 64):
-                check_rq_spline(kernels, 129, 31, bins, dtype, style, inverse, device="cuda")
-            if dtype.itemsize >= 4:
-                check_rq_spline_extremes(kernels, dtype, style, inverse, device="cuda")
+            check_rq_spline(kernels, 129, 31, 8, dtype, style, inverse, device="cuda")
+    for rows, features in ((0, 5), (5, 0), (1, 1), (3, 1100)):
+        check_rq_spline(kernels, rows, features, 8, dtype, "linear", False, device="cuda")
+    if dtype != torch.float32:
+        return
+    for inverse in (False, True):
+        for style in ("nflows", "zuko", "linear"):
+            check_rq_spline_extremes(kernels, dtype, style, inverse, device="cuda")
+        for style, bins in (("nflows", 2), ("nflows", 64), ("zuko", 64), ("linear", 64), ("pyro", 8)):
+            check_rq_spline(kernels, 129, 31, bins, dtype, style, inverse, device="cuda")
     for layout in LAYOUTS:
         check_rq_spline(kernels, 33, 70, 8, dtype, "nflows", True, layout=layout, device="cuda")
-    for rows, features in ((0, 5), (5, 0), (1, 1), (3, 1100), (4000, 64)):
-        check_rq_spline(kernels, rows, features, 8, dtype, "linear", False, device="cuda")
+    check_rq_spline(kernels, 4000, 64, 8, dtype, "linear", False, device="cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
