@@ -22,8 +22,9 @@ LIBRARY.define("fresh_output(Tensor like) -> Tensor")
 ON_CUDA = {
     "affine_coupling", "affine_coupling_backward", "masked_linear", "masked_linear_backward",
     "maf_pack", "maf", "maf_backward",
+    "rq_spline", "rq_spline_backward",
     "gumbel_softmax", "gumbel_softmax_backward", "gumbel_argmax",
-    "rq_spline", "rq_spline_backward", "logistic_mixture", "logistic_mixture_backward", "dequantize",
+    "logistic_mixture", "logistic_mixture_backward", "dequantize",
 }  # fmt: skip
 
 # Why the compiled kernels are not here, or None when they are.

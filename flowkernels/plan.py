@@ -321,7 +321,8 @@ class Plan:
     def on(self, order: Tensor) -> Plan:
         """This network between permutations: its feature i is column ``order[i]`` of what goes in and comes out.
 
-        For chains on the CPU and for the reference. Shares all else, packed weights too.
+        For the CPU's kernels, Triton's and the reference; CUDA C++ does not read it. Shares all else, packed weights
+        too.
         """
         placed = object.__new__(Plan)
         placed.__dict__ = {**self.__dict__, "order": order, "_on_device": {}}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowkernels._backend import backend
+from flowkernels.ops import rq_spline
 from flowkernels.ops.affine_coupling import cuda as affine_cuda
 from flowkernels.ops.affine_coupling import reference as affine
 from flowkernels.ops.dequantize import reference as dequantize
@@ -17,11 +20,11 @@ from flowkernels.ops.logistic_mixture import reference as logistic_mixture
 from flowkernels.ops.maf import Step, _reference_chain
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.masked_linear import reference as linear
-from flowkernels.ops.rq_spline import reference as rq_spline
+from flowkernels.ops.rq_spline.reference import rq_spline as rq_spline_reference
 from flowkernels.plan import Plan
 from flowkernels.random import KINDS, reference_noise, uniform_of_pairs, words
 from flowkernels.scales import FORMS, NAMES, ScaleLaw
-from flowkernels.testing import LAYOUTS, _shaken, poisoned, random_tensor, with_layout
+from flowkernels.testing import LAYOUTS, _shaken, check_against_reference, poisoned, random_tensor, with_layout
 from flowkernels.transforms import LRSpline, RQSpline, Spline, as_transform, code_and_numbers
 
 
@@ -48,7 +51,7 @@ def assert_as_plain(
     reference: Callable[[torch.dtype, torch.dtype, int], Sequence[Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """`assert_as_close` with plain PyTorch's error found as flowkernels.testing.check_against_reference finds it.
+    """`assert_as_close` with plain PyTorch's error found as flowkernels.check_against_reference finds it.
 
     That is the worst of several runs with inputs shaken by some roundings; for float64, which nothing is more exact
     than, from float32, scaled down. `reference(dtype, low, run)` is run number `run`, shaken by roundings of `low`.
@@ -136,6 +139,90 @@ def _zip(name: str, ours: Any, reference: Any, inputs: Any, exact: Any, options:
         yield f"{name} {i}", *results
 
 
+# ---- splines ---------------------------------------------------------------------------------------------------
+
+
+class _RqSpline(torch.autograd.Function):
+    """The two kernels of a backend as one differentiable call."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, options: Any, x: Tensor, parameters: Tensor, logdet: Tensor) -> Any:
+        ctx.kernels, ctx.options = kernels, options
+        ctx.save_for_backward(x, parameters)
+        return kernels.rq_spline(x, parameters, logdet, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> Any:
+        grads = ctx.kernels.rq_spline_backward(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options)
+        return None, None, *grads, grad_logdet
+
+
+def check_rq_spline(
+    kernels: Any, rows: int, features: int, bins: int, dtype: torch.dtype, style: str, inverse: bool, *,
+    layout: str = "contiguous", device: str = "cpu",
+) -> None:  # fmt: skip
+    """Values and gradients, with a fair part of x outside the bounds and the last ones far outside, just outside or no
+    number; then values at every knot."""
+    own = {
+        "nflows": {"min_height": 2e-3, "logit_scale": 0.7}, "zuko": {"min_slope": 1e-2},
+        "pyro": {"min_height": 2e-3, "min_slope": 0.1}, "linear": {"min_height": 2e-3, "min_lambda": 0.03},
+    }  # fmt: skip
+    limits = {"bound": 2.9, **own[style]}  # which is no number of float32
+    spline = LRSpline(bins, **limits) if style == "linear" else RQSpline(style, bins, **limits)
+    bound, options = spline.bound, (spline.bins, spline.code, spline.numbers, inverse)
+    make = functools.partial(random_tensor, device=device)
+    running = torch.float64 if dtype == torch.float64 else torch.float32
+    theta = make((rows, features, spline.params_per_feature), dtype, seed=1, layout=layout)
+    logdet = make((rows,), running, seed=2, layout=layout)
+    x = make((rows, features), dtype, spread=0.7 * bound)
+    # Next to a knot rounding decides about the bin, and a slope of the other bin gets a gradient of exactly 0 or not.
+    knots = spline.knots(theta.double())[1 if inverse else 0]
+    x[((x.double()[..., None] - knots).abs() < 1e-5 * bound).any(-1)] = 2 * bound
+    just = bound * (1 + 1e-9)
+    far = torch.tensor([1e4, -1e4, math.inf, -math.inf, math.nan, just, -just], dtype=torch.float64, device=device)
+    if x.numel() > 2 * len(far):
+        x.view(-1)[-len(far) :] = far.to(dtype)
+    x = with_layout(x, layout)
+
+    def call(x: Tensor, theta: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
+        if backend() == "reference":
+            return rq_spline(x, theta, spline=spline, inverse=inverse, logdet=logdet)
+        return _RqSpline.apply(kernels, options, x, theta, logdet)
+
+    name = f"rq_spline {rows}x{features} {spline} inverse={inverse} {layout} {dtype}"
+    check_against_reference(call, [x, theta, logdet], name=name)
+    if x.numel():
+        # Values are continuous there: the bin on either side may give them.
+        given = [knots[:, 0].to(dtype), theta[:, :1].expand(-1, bins + 1, -1), logdet]
+        check_against_reference(call, given, gradients=False, name=f"{name} at its knots")
+
+
+def check_rq_spline_extremes(
+    kernels: Any, dtype: torch.dtype, style: str, inverse: bool, *, device: str = "cpu"
+) -> None:
+    """Bins of minimum size, steep and flat slopes side by side; and one parameter that is NaN, in each row another."""
+    spline = LRSpline(3) if style == "linear" else RQSpline(style, 3)
+    options, count = (3, spline.code, spline.numbers, inverse), spline.params_per_feature
+    size = torch.tensor([0.0, 5.0, 30.0, 1e3, 1e4], device=device)[:, None, None]
+    theta = (random_tensor((5, 64, count), device=device).sign() * size).to(dtype)
+    x = torch.linspace(-spline.bound, spline.bound, 64, device=device, dtype=dtype).expand(5, -1)
+    y, logdet = kernels.rq_spline(x, theta, None, *options)
+    name = f"{spline} inverse={inverse} {dtype}"
+    assert y.isfinite().all(), f"{name}: y"
+    assert (y.abs() <= spline.bound).all(), f"{name}: y beyond the bound"
+    assert logdet.isfinite().all(), f"{name}: log-det"
+    for grad in kernels.rq_spline_backward(y, logdet, x, theta, *options):
+        assert not grad.isnan().any(), f"{name}: a gradient is NaN"
+
+    theta = random_tensor((count, 64, count), dtype, device=device)
+    theta[torch.eye(count, dtype=torch.bool, device=device)[:, None].expand(-1, 64, -1)] = math.nan
+    x = x[:1].expand(count, -1)
+    got = kernels.rq_spline(x, theta, None, *options)
+    expected = rq_spline_reference(x, theta, None, *options)
+    for ours, plain in zip(got, expected, strict=True):
+        assert torch.equal(ours.isnan(), plain.isnan()), f"{name}: a NaN among the parameters"
+
+
 # ---- autoregressive networks -----------------------------------------------------------------------------------
 
 
@@ -190,6 +277,10 @@ def _blocked() -> Plan:
 def spline_plan(spline: Spline, features: int, hidden: Sequence[int], **options: Any) -> Plan:
     per = spline.params_per_feature
     return Plan(made_masks(features, hidden, per=per), parameters=spline.parameter_names, **options)
+
+
+def between_permutations(plan: Plan) -> Plan:
+    return plan.on(torch.randperm(plan.features, generator=torch.Generator().manual_seed(1)))
 
 
 PLANS: dict[str, Callable[[], Plan]] = {
@@ -350,18 +441,6 @@ def check_gumbel_argmax(
 
 
 # ---- elements with a row of parameters each --------------------------------------------------------------------
-
-
-def check_rq_spline(
-    kernels: Any, rows: int, features: int, bins: int, dtype: torch.dtype, style: str, inverse: bool, *,
-    device: str = "cpu",
-) -> None:  # fmt: skip
-    """Some elements lie outside the bounds."""
-    spline = LRSpline(bins) if style == "linear" else RQSpline(style, bins)
-    x, parameters = _elements(rows, features, spline.params_per_feature, device)
-    options = (bins, spline.code, spline.numbers, inverse)
-    name = f"rq_spline {rows} x {features} {spline} inverse={inverse} {dtype}"
-    _check_elements(name, "rq_spline", kernels, rq_spline, (0.7 * spline.bound * x, parameters), options, dtype)
 
 
 def check_logistic_mixture(

@@ -10,15 +10,21 @@ from cases import (
     PLANS,
     affine_options,
     assert_as_close,
+    between_permutations,
     check_affine,
     check_gumbel_argmax,
     check_maf,
     check_masked_linear,
+    check_rq_spline,
+    check_rq_spline_extremes,
     made_masks,
+    spline_plan,
 )
 
 from flowkernels.plan import ACTIVATIONS, Plan
 from flowkernels.scales import ScaleLaw
+from flowkernels.testing import LAYOUTS
+from flowkernels.transforms import LRSpline, RQSpline
 
 
 def interpreted(kernel: object) -> None:
@@ -37,6 +43,26 @@ def affine_coupling() -> None:
             check_affine(
                 kernels, rows, features, torch.float32, ScaleLaw("softplus"), "scale_shift", False, layout=layout
             )
+
+
+def rq_spline() -> None:
+    from flowkernels.ops.rq_spline import triton as kernels
+
+    interpreted(kernels.forward_kernel)
+    for style in ("nflows", "zuko", "linear"):
+        for inverse in (False, True):
+            for dtype in (torch.float64, torch.float32):
+                check_rq_spline(kernels, 125, 31, 3, dtype, style, inverse)
+            check_rq_spline_extremes(kernels, torch.float32, style, inverse)
+    for rows, bins, dtype, style, inverse in (
+        (125, 8, torch.float32, "nflows", True), (125, 8, torch.bfloat16, "linear", False),
+        (125, 2, torch.float16, "pyro", True), (8, 64, torch.float32, "zuko", False),
+    ):  # fmt: skip
+        check_rq_spline(kernels, rows, 31, bins, dtype, style, inverse)
+    for layout in LAYOUTS:
+        check_rq_spline(kernels, 9, 5, 2, torch.float32, "nflows", True, layout=layout)
+    for rows, features in ((0, 5), (5, 0), (1, 1), (2, 4100)):
+        check_rq_spline(kernels, rows, features, 2, torch.float32, "linear", False)
 
 
 def masked_linear() -> None:
@@ -65,6 +91,27 @@ def maf() -> None:
             check_maf(kernels, [plan], 2, torch.float32, inverse, law="sigmoid", form="gate")
 
 
+def maf_splines() -> None:
+    from flowkernels.ops.maf import triton as kernels
+
+    interpreted(kernels.sweep_kernel)
+    for inverse in (True, False):
+        for spline in (RQSpline("nflows", 3, bound=2.0), RQSpline("zuko", 3), LRSpline(2)):
+            plan = between_permutations(spline_plan(spline, 3, [5, 4], activation="tanh"))
+            check_maf(kernels, [plan], 5, torch.float32, inverse, law=spline)
+        check_maf(kernels, [spline_plan(spline, 2, [3])], 40, torch.float64, inverse, law=spline)
+        check_maf(kernels, [plan], 0, torch.float32, inverse, law=spline)
+        laws = [ScaleLaw("tanh", bound=1.5), spline, ScaleLaw("sigmoid", floor=0.1)]
+        plans = [Plan(made_masks(3, [4])), plan, between_permutations(Plan(made_masks(3, [4], shuffled=True)))]
+        check_maf(kernels, plans, 3, torch.float32, inverse, law=laws)
+    # More features in one step than a tile has, and more than a program of the density direction takes.
+    wide = [torch.ones(6, 20) * (torch.arange(20) < 18), torch.cat([torch.zeros(126, 6), torch.ones(14, 6)])]
+    spline = LRSpline(2)
+    plan = Plan(wide, parameters=spline.parameter_names)
+    check_maf(kernels, [plan], 3, torch.float32, True, law=spline)
+    check_maf(kernels, [spline_plan(spline, 70, [3])], 2, torch.float32, False, law=spline)
+
+
 def either_layout() -> None:
     """What C++ packs or keeps Triton reads, and the other way round: each may run a part of one chain."""
     import build
@@ -78,6 +125,12 @@ def either_layout() -> None:
             mixed = {n: getattr(backwards if n.endswith("backward") else forwards, n) for n in names}
             for inverse in (True, False):
                 check_maf(SimpleNamespace(**mixed), [PLANS[plan]()], 5, torch.float32, inverse)
+    spline = RQSpline("nflows", 2)
+    for forwards, backwards in ((kernels, compiled), (compiled, kernels)):
+        mixed = {n: getattr(backwards if n.endswith("backward") else forwards, n) for n in names}
+        for inverse in (True, False):
+            plan = spline_plan(spline, 3, [4], activation="silu")
+            check_maf(SimpleNamespace(**mixed), [plan], 5, torch.float32, inverse, law=spline)
 
 
 def gumbel() -> None:
@@ -110,6 +163,6 @@ def gumbel() -> None:
 
 
 if __name__ == "__main__":
-    checks = (affine_coupling, masked_linear, maf, either_layout, gumbel)
+    checks = (affine_coupling, rq_spline, masked_linear, maf, maf_splines, either_layout, gumbel)
     {check.__name__: check for check in checks}[sys.argv[1]]()
     print(f"{sys.argv[1]}: as the reference says")

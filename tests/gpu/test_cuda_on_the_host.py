@@ -23,6 +23,7 @@ from cases import (
     check_maf,
     check_masked_linear,
     check_rq_spline,
+    check_rq_spline_extremes,
     made_masks,
     spline_plan,
 )
@@ -334,6 +335,7 @@ def test_rq_spline(host_kernels: Any, style: str, inverse: bool) -> None:
     for dtype in FLOATS:
         for bins in (2, 5, 8):
             check_rq_spline(host_kernels, 9, 7, bins, dtype, style, inverse)
+        check_rq_spline_extremes(host_kernels, dtype, style, inverse)
 
 
 # Fewer features than lanes, than threads, than the log-det's terms, and more; no rows, no features, many rows.

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flowkernels as fk
-from flowkernels import _backend, _cuda, _gpu_choices
+from flowkernels import _backend, _cuda, _gpu_choices, _library
 from flowkernels.scales import ScaleLaw
 from flowkernels.transforms import RQSpline, code_and_numbers
 
@@ -28,11 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
     monkeypatch.setattr(_cuda._library, "is_built", lambda: True)
-    monkeypatch.setattr(
-        _cuda,
-        "has_kernel",
-        lambda name, operator: operator != "gumbel_argmax" and (name, operator) != ("triton", "maf_spline"),
-    )
+    monkeypatch.setattr(_cuda, "has_kernel", lambda name, operator: operator != "actnorm")
     monkeypatch.setattr(_cuda, "built_for", lambda: (80, 90))
     monkeypatch.setattr(_cuda, "has_triton", lambda: True)
     return monkeypatch
@@ -173,21 +169,29 @@ def test_auto_takes_the_next_and_says_why(machine: pytest.MonkeyPatch) -> None:
 def test_forced_backends(machine: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "triton", "reference"):
         assert _cuda.choose("affine_coupling", name)[0] == name
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run gumbel_argmax: there is no CUDA C"):
-        _cuda.choose("gumbel_argmax", "cuda")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run actnorm: there is no CUDA C"):
+        _cuda.choose("actnorm", "cuda")
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run affine_coupling on CUDA tensors"):
         _cuda.choose("affine_coupling", "cpu")
 
 
 def test_a_chain_with_a_spline_is_a_matter_of_its_own(machine: pytest.MonkeyPatch) -> None:
-    """Triton has affine transforms only: that is decided before anything is launched, and said."""
-    assert _cuda.choose("maf_spline", "auto")[0] == "cuda"
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run maf_spline: there is no Triton kernel"):
-        _cuda.choose("maf_spline", "triton")
-    machine.setattr(_cuda, "built_for", lambda: (80,))
+    """Both backends run it; where one cannot, that is decided before anything is launched, and said."""
+    for name in ("cuda", "triton"):
+        assert _cuda.choose("maf_spline", name)[0] == name
+    machine.setattr(_cuda, "has_kernel", lambda name, operator: (name, operator) != ("cuda", "maf_spline"))
+    assert _cuda.choose("maf", "auto")[0] == "cuda"
     name, why = _cuda.choose("maf_spline", "auto")
-    assert name == "reference"
-    assert "not triton: there is no Triton kernel for maf_spline" in why
+    assert name == "triton"
+    assert "not cuda: there is no CUDA C++ kernel for maf_spline" in why
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run maf_spline: there is no CUDA C"):
+        _cuda.choose("maf_spline", "cuda")
+
+
+def test_splines_need_no_compiler() -> None:
+    assert {"rq_spline", "rq_spline_backward"} <= _library.ON_CUDA
+    for operator in ("rq_spline", "rq_spline_backward", "maf_spline", "maf_spline_backward"):
+        assert _cuda.has_kernel("triton", operator)
 
 
 def test_the_table_knows_the_chain_by_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +235,7 @@ def test_functions_take_what_their_operators_give() -> None:
     checked = 0
     for table in (_cuda.COMPOSED, _cuda.TRITON):
         for operator, (module, name, *_) in table.items():
-            if "spline" in operator or (module.endswith("triton") and not _cuda.has_triton()):
+            if operator.startswith("maf_spline") or (module.endswith("triton") and not _cuda.has_triton()):
                 continue
             parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
             if any(p.kind is p.VAR_POSITIONAL for p in parameters):

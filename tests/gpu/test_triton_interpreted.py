@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("what", ["affine_coupling", "masked_linear", "maf", "gumbel"])
+@pytest.mark.parametrize("what", ["affine_coupling", "rq_spline", "masked_linear", "maf", "maf_splines", "gumbel"])
 def test_interpreted(triton: object, what: str) -> None:
     run(what)
 

@@ -62,7 +62,7 @@ def affine_variants() -> Iterator[Variant]:
 
 def variants() -> list[Variant]:
     found = list(affine_variants())
-    for name in ("masked_linear", "maf", "gumbel_softmax", "gumbel_argmax"):
+    for name in ("masked_linear", "maf", "rq_spline", "gumbel_softmax", "gumbel_argmax"):
         try:
             module = __import__(f"flowkernels.ops.{name}.triton", fromlist=["variants"])
         except ImportError:

@@ -23,7 +23,7 @@ NUMBERS = 6  # numbers per transform in `numbers`: flowkernels.transforms.code_a
 
 
 def form_of(codes: Sequence[int]) -> str:
-    """What a chain is called where backends are chosen: not every one runs splines."""
+    """What a chain is called where backends are chosen: one with a spline has kernels of its own."""
     return "maf_spline" if any(law >= len(LAWS) for law in codes[::CODES]) else "maf"
 
 

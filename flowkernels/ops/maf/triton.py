@@ -13,7 +13,9 @@ layer for everything earlier and one sweep_kernel. Gradients run the same way th
 are one matrix product per layer, left to torch. The last layer is a kernel of its own, apart from the transform: its
 parameters are kept for the gradient anyway, and a fused kernel would save no more than one pass over them.
 
-Affine transforms only: a spline's bins would have to be loops over registers that Triton cannot index.
+A feature has PER rows of parameters: shift and scale, or those of a spline, whose bins are loops that read them from
+there (flowkernels/_triton_splines.py). Which of the two is a constant of the kernels, and NUMBERS the law's three
+numbers or the spline's options.
 
 The host reads a plan's table once, when it meets it for the first time: capture a CUDA graph after a first call.
 """
@@ -30,9 +32,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flowkernels._triton import INTERPRETED, activate, affine, affine_backward, slope_from_kept
+from flowkernels._triton_splines import COMPILED, REGISTERS, options_of, spline, spline_backward
 from flowkernels.ops.maf import cuda
 from flowkernels.ops.maf.autograd import _LANES
 from flowkernels.plan import ACTIVATIONS
+from flowkernels.scales import NAMES
 
 # What a kernel knows of a layer, one row of `_Net.layers`: the first of its rows among those of all layers; the first
 # kept row of what it reads, of what it gives and of its pre-activations (backwards the slope of row r comes from the
@@ -43,6 +47,9 @@ FIELDS = tl.constexpr(11)
 FIRST, COLUMNS, OUT, SLOPE, UP_TO, COLUMNS_UP_TO, RESIDUAL, PERM, SOURCE, BIAS, CONTEXT = (
     tl.constexpr(i) for i in range(11)
 )
+
+# Transforms are numbered: laws from 0, then come the splines (flowkernels.transforms.code_and_numbers).
+SPLINES = tl.constexpr(len(NAMES))
 
 
 @triton.jit
@@ -121,15 +128,18 @@ def rows_kernel(
 @triton.jit
 def transform_features(
     f, n, inside, x_ptr, y_ptr, state_ptr, perm_ptr, theta, noise, samples, features, stride,
-    LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FORM: tl.constexpr, INVERSE: tl.constexpr,
+    LAW: tl.constexpr, NUMBERS: tl.constexpr, FORM: tl.constexpr, PER: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """The features f of the samples n, whose parameters begin at the kept row theta; their log-dets."""
     at = n * features + tl.load(perm_ptr + f, mask=f < features, other=0)
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    parameters = state_ptr + (theta + 2 * f) * stride + n
-    shift = tl.load(parameters, mask=inside, other=0.0)
-    u = tl.load(parameters + stride, mask=inside, other=0.0)
-    y, logdet = affine(x, shift, u, LAW, A, B, C, FORM, INVERSE)
+    parameters = state_ptr + (theta + PER * f) * stride + n
+    if LAW < SPLINES:
+        shift = tl.load(parameters, mask=inside, other=0.0)
+        u = tl.load(parameters + stride, mask=inside, other=0.0)
+        y, logdet = affine(x, shift, u, LAW, NUMBERS[0], NUMBERS[1], NUMBERS[2], FORM, INVERSE)
+    else:
+        y, logdet = spline(x, parameters, stride, inside, INVERSE, LAW - SPLINES, NUMBERS)
     tl.store(y_ptr + at, y, mask=inside)
     if INVERSE:
         tl.store(state_ptr + f * stride + n, y, mask=inside)
@@ -141,7 +151,7 @@ def transform_features(
 def transform_features_backward(
     r, n, inside, through, grad_y_ptr, grad_logdet_ptr, grad_x_ptr, state_ptr, saved_ptr, perm_ptr, theta, noise,
     samples, features, stride,
-    LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FORM: tl.constexpr, INVERSE: tl.constexpr,
+    LAW: tl.constexpr, NUMBERS: tl.constexpr, FORM: tl.constexpr, PER: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Row r of the backward net is feature features - 1 - r; what the transform was given is kept from row `noise`."""
     f = features - 1 - r
@@ -149,20 +159,29 @@ def transform_features_backward(
     grad_y = tl.load(grad_y_ptr + at, mask=inside, other=0.0) + through
     grad_logdet = tl.load(grad_logdet_ptr + n, mask=n < samples, other=0.0)
     x = tl.load(saved_ptr + (noise + f) * stride + n, mask=inside, other=0.0)
-    parameters = saved_ptr + (theta + 2 * f) * stride + n
-    shift = tl.load(parameters, mask=inside, other=0.0)
-    u = tl.load(parameters + stride, mask=inside, other=0.0)
-    grad_x, grad_shift, grad_u = affine_backward(grad_y, grad_logdet, x, shift, u, LAW, A, B, C, FORM, INVERSE)
-    tl.store(grad_x_ptr + at, grad_x, mask=inside)
+    parameters = saved_ptr + (theta + PER * f) * stride + n
     # Time runs backwards: the last parameter comes first.
-    tl.store(state_ptr + 2 * r * stride + n, grad_u, mask=inside)
-    tl.store(state_ptr + (2 * r + 1) * stride + n, grad_shift, mask=inside)
+    if LAW < SPLINES:
+        shift = tl.load(parameters, mask=inside, other=0.0)
+        u = tl.load(parameters + stride, mask=inside, other=0.0)
+        grad_x, grad_shift, grad_u = affine_backward(
+            grad_y, grad_logdet, x, shift, u, LAW, NUMBERS[0], NUMBERS[1], NUMBERS[2], FORM, INVERSE
+        )
+        tl.store(grad_x_ptr + at, grad_x, mask=inside)
+        tl.store(state_ptr + 2 * r * stride + n, grad_u, mask=inside)
+        tl.store(state_ptr + (2 * r + 1) * stride + n, grad_shift, mask=inside)
+    else:
+        grad_x = spline_backward(
+            grad_y, grad_logdet, x, parameters, stride, state_ptr + (PER * r + PER - 1) * stride + n, -stride, inside,
+            INVERSE, LAW - SPLINES, NUMBERS,
+        )  # fmt: skip
+        tl.store(grad_x_ptr + at, grad_x, mask=inside)
 
 
 @triton.jit
 def density_kernel(
     x_ptr, y_ptr, logdet_ptr, state_ptr, perm_ptr, theta, samples, features, stride,
-    LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FORM: tl.constexpr,
+    LAW: tl.constexpr, NUMBERS: tl.constexpr, FORM: tl.constexpr, PER: tl.constexpr,
     F: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
@@ -173,7 +192,7 @@ def density_kernel(
         total += tl.sum(
             transform_features(
                 f, n[None, :], inside, x_ptr, y_ptr, state_ptr, perm_ptr, theta, 0, samples, features, stride,
-                LAW, A, B, C, FORM, False,
+                LAW, NUMBERS, FORM, PER, False,
             ),
             0,
         )  # fmt: skip
@@ -183,14 +202,14 @@ def density_kernel(
 @triton.jit
 def density_backward_kernel(
     grad_y_ptr, grad_logdet_ptr, grad_x_ptr, state_ptr, saved_ptr, perm_ptr, theta, samples, features, stride,
-    LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FORM: tl.constexpr,
+    LAW: tl.constexpr, NUMBERS: tl.constexpr, FORM: tl.constexpr, PER: tl.constexpr,
     F: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)[None, :]
     r = tl.program_id(1).to(tl.int64) * F + tl.arange(0, F)[:, None]
     transform_features_backward(
         r, n, (r < features) & (n < samples), 0.0, grad_y_ptr, grad_logdet_ptr, grad_x_ptr, state_ptr, saved_ptr,
-        perm_ptr, theta, 0, samples, features, stride, LAW, A, B, C, FORM, False,
+        perm_ptr, theta, 0, samples, features, stride, LAW, NUMBERS, FORM, PER, False,
     )  # fmt: skip
 
 
@@ -236,9 +255,9 @@ def advance(
 def sweep_kernel(
     packed_ptr, rows_ptr, layers_ptr, table_ptr, state_ptr, pre_ptr, saved_ptr, perm_ptr,
     x_ptr, y_ptr, logdet_ptr, theta, noise, samples, features, stride, all_rows, block, end,
-    LAW: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FORM: tl.constexpr,
+    LAW: tl.constexpr, NUMBERS: tl.constexpr, FORM: tl.constexpr, PER: tl.constexpr,
     LAYERS: tl.constexpr, ACTIVATIONS: tl.constexpr, RESIDUALS: tl.constexpr, BACKWARD: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, LAST_R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The steps [block, end) of a tile of samples. Backwards x, y, logdet are the gradients of y, of x and of logdet.
 
@@ -250,7 +269,7 @@ def sweep_kernel(
     for step in range(block, end):
         advance(
             packed_ptr, rows_ptr, last_ptr, table_ptr, state_ptr, pre_ptr, saved_ptr, samples, stride, all_rows, n,
-            block, step, step, 0, False, BACKWARD, True, R, K,
+            block, step, step, 0, False, BACKWARD, True, LAST_R, K,
         )  # fmt: skip
         tl.debug_barrier()
         up_to = table_ptr + tl.load(last_ptr + UP_TO) + step
@@ -263,17 +282,17 @@ def sweep_kernel(
                 through = tl.load(state_ptr + (out + r) * stride + n[None, :], mask=inside, other=0.0)
                 transform_features_backward(
                     r, n[None, :], inside, through, x_ptr, logdet_ptr, y_ptr, state_ptr, saved_ptr, perm_ptr,
-                    theta, noise, samples, features, stride, LAW, A, B, C, FORM, True,
+                    theta, noise, samples, features, stride, LAW, NUMBERS, FORM, PER, True,
                 )  # fmt: skip
         else:
             total = tl.load(logdet_ptr + n, mask=n < samples, other=0.0)
-            for begin in range(row0 // 2, row1 // 2, R):
+            for begin in range(row0 // PER, row1 // PER, R):
                 f = begin + tl.arange(0, R)[:, None].to(tl.int64)
-                inside = (f < row1 // 2) & (n[None, :] < samples)
+                inside = (f < row1 // PER) & (n[None, :] < samples)
                 total += tl.sum(
                     transform_features(
                         f, n[None, :], inside, x_ptr, y_ptr, state_ptr, perm_ptr, theta, noise, samples, features,
-                        stride, LAW, A, B, C, FORM, True,
+                        stride, LAW, NUMBERS, FORM, PER, True,
                     ),
                     0,
                 )  # fmt: skip
@@ -333,6 +352,7 @@ class _Net:
         orders = [header[5], *(record[7] for record in self.records)]
         perms = [t[begin : begin + n] for begin, n in zip(orders, (self.inputs, *rows), strict=True)]
         self.perms = [p.to(table.device) for p in perms]  # of what the first layer reads, then of every layer
+        self.data = t[header[12] : header[12] + self.inputs].to(table.device)  # where the features lie in a row of x
 
         # Kept rows, as csrc/cuda/maf.cu has them: inputs, and per layer outputs and pre-activations that slopes need.
         self.out: list[int] = []
@@ -401,6 +421,12 @@ def _sweep_tile() -> tuple[int, int, int]:
     return (16, 64, 64) if INTERPRETED else (2, 32, 16)
 
 
+def _last_rows(law: int, backward: bool) -> int:
+    """Rows of the last layer at a time: where all other layers have a few that become final in a step, the parameters
+    of a spline are dozens."""
+    return 8 if law >= SPLINES.value and not backward else _sweep_tile()[0]
+
+
 class _Run:
     """One net over one batch: the buffers, and the launches on them."""
 
@@ -449,10 +475,30 @@ class _Run:
             sweep_kernel[(triton.cdiv(self.samples, n),)](
                 self.packed, net.rows, net.layers, self.table, self.state, self.pre, self.saved, perm,
                 x, y, logdet, theta, noise, self.samples, net.features, self.state.shape[1], net.all_rows, begin, end,
-                law, *numbers[:3], form,
+                *_transform(law, numbers, form, net),
                 len(net.records), sum(a * 10**i for i, a in enumerate(net.activations)), net.residuals, self.backward,
-                r, n, k, **_SWEEP,
+                r, _last_rows(law, self.backward), n, k, **_SWEEP, **_registers(law),
             )  # fmt: skip
+
+
+def _features(law: int) -> int:
+    """Features of a program that transforms 32 samples: a spline is one element per lane."""
+    if INTERPRETED:
+        return 64
+    return 16 if law < SPLINES.value else 4
+
+
+def _registers(law: int) -> dict[str, int]:
+    return {} if law < SPLINES.value else REGISTERS
+
+
+def _transform(
+    law: int, numbers: Sequence[float], form: int, net: _Net
+) -> tuple[int, tuple[float | int, ...], int, int]:
+    """LAW, NUMBERS, FORM and PER."""
+    splines = SPLINES.value
+    described = tuple(numbers[:3]) if law < splines else options_of(law - splines, numbers[:5], int(numbers[5]))
+    return law, described, form, net.parameters
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -492,11 +538,11 @@ def maf_forward(
     y, logdet = torch.empty_like(x), x.new_empty(samples)
     if samples:
         state = x.new_empty(net.kept, _stride(samples)) if saved is None else saved
-        state[: net.inputs, :samples] = x.t()[net.perms[0]]
+        state[: net.inputs, :samples] = x.t()[net.data]
         _Run(net, packed, table, state, samples, sweep=False, context=context).dense()
         density_kernel[(triton.cdiv(samples, 32),)](
-            x, y, logdet, state, net.perms[0], net.out[-1], samples, net.features, state.shape[1],
-            law, *numbers[:3], form, 64 if INTERPRETED else 16, 32,
+            x, y, logdet, state, net.data, net.out[-1], samples, net.features, state.shape[1],
+            *_transform(law, numbers, form, net), _features(law), 32, **_registers(law),
         )  # fmt: skip
     return y, logdet
 
@@ -510,7 +556,7 @@ def maf_inverse(
     if samples:
         state = x.new_empty(net.kept + net.features, _stride(samples)) if saved is None else saved
         run = _Run(net, packed, table, state, samples, sweep=True, context=context)
-        run.sweep(x, y, logdet, net.out[-1], net.kept, net.perms[0], law, numbers, form)
+        run.sweep(x, y, logdet, net.out[-1], net.kept, net.data, law, numbers, form)
     return y, logdet
 
 
@@ -527,15 +573,16 @@ def _backward(
     if samples:
         run = _Run(back, packed_back, table_back, grads, samples, sweep=inverse, saved=saved)
         if inverse:
-            run.sweep(grad_y, grad_x, grad_logdet, net.out[-1], net.kept, net.perms[0], law, numbers, form)
+            run.sweep(grad_y, grad_x, grad_logdet, net.out[-1], net.kept, net.data, law, numbers, form)
         else:
-            density_backward_kernel[(triton.cdiv(samples, 32), triton.cdiv(net.features, 16))](
-                grad_y, grad_logdet, grad_x, grads, saved, net.perms[0], net.out[-1], samples, net.features,
-                grads.shape[1], law, *numbers[:3], form, 16, 32,
+            features = _features(law)
+            density_backward_kernel[(triton.cdiv(samples, 32), triton.cdiv(net.features, features))](
+                grad_y, grad_logdet, grad_x, grads, saved, net.data, net.out[-1], samples, net.features,
+                grads.shape[1], *_transform(law, numbers, form, net), features, 32, **_registers(law),
             )  # fmt: skip
             run.dense()
             through = grads[back.out[-1] : back.out[-1] + net.features, :samples].flip(0)
-            grad_x[:, net.perms[0]] += through.t()
+            grad_x[:, net.data] += through.t()
     # Rows of gradients of pre-activations, per layer, in the forward net's order.
     layers = len(net.records)
     of_layer = []
@@ -602,9 +649,15 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         "grad_x",
         "weight",
     )
-    law = {"LAW": 1, "A": 0.0, "B": 1e-3, "C": 0.0, "FORM": 0}
+    affine = {"LAW": 1, "NUMBERS": (0.0, 1e-3, 0.0), "FORM": 0, "PER": 2}
+    splines = {
+        style: {"LAW": SPLINES.value + code, "NUMBERS": options_of(code, numbers, 8), "FORM": 0, "PER": per}
+        for style, code, numbers, per in COMPILED
+    }
     for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
         pointers = {**{f"{n}_ptr": f"*{name}" for n in names}, **indices, **sizes, "mask_ptr": "*u8"}
+        style = "zuko" if name == "fp32" else "linear"
+        transforms = {"affine": affine, style: splines[style]}
         for backward in (False, True):
             for rows in (16, 1024):
                 (r, n, k), launch = _tiles(dtype, rows)
@@ -617,18 +670,16 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                     yield label, rows_kernel, pointers, constants, launch
             r, n, k = _sweep_tile()
             constants = {
-                **law, "LAYERS": 3, "ACTIVATIONS": 42, "RESIDUALS": True, "BACKWARD": backward, "R": r, "N": n, "K": k
+                "LAYERS": 3, "ACTIVATIONS": 42, "RESIDUALS": True, "BACKWARD": backward, "R": r, "N": n, "K": k
             }  # fmt: skip
-            yield (
-                f"maf sweep {name} backward={backward}",
-                sweep_kernel,
-                pointers,
-                constants,
-                _SWEEP,
-            )
-        yield f"maf density {name}", density_kernel, pointers, {**law, "F": 16, "N": 32}, {"num_warps": 4}
-        yield (
-            f"maf density gradient {name}", density_backward_kernel, pointers, {**law, "F": 16, "N": 32},
-            {"num_warps": 4},
-        )  # fmt: skip
+            for transform, described in transforms.items():
+                label = f"maf sweep {transform} {name} backward={backward}"
+                law = described["LAW"]
+                last = {"LAST_R": _last_rows(law, backward)}
+                yield label, sweep_kernel, pointers, {**described, **constants, **last}, {**_SWEEP, **_registers(law)}
+        for transform, described in transforms.items():
+            constants = {**described, "F": _features(described["LAW"]), "N": 32}
+            for label, kernel in (("density", density_kernel), ("density gradient", density_backward_kernel)):
+                options = {"num_warps": 4, **_registers(described["LAW"])}
+                yield f"maf {label} {transform} {name}", kernel, pointers, constants, options
         yield f"maf pack {name}", pack_kernel, pointers, {"R": 32, "K": 32}, {"num_warps": 4}
