@@ -524,25 +524,20 @@ def elements(report: Report) -> None:
     from flowkernels.scales import ScaleLaw
     from flowkernels.transforms import LRSpline, RQSpline
 
-    for spline in (
-        RQSpline("nflows", 8),
-        RQSpline("zuko", 8),
-        LRSpline(8),
-        RQSpline("nflows", 5),
-        RQSpline("nflows", 32),
-    ):
+    splines = [RQSpline("nflows", 8), RQSpline("zuko", 8), LRSpline(8), RQSpline("nflows", 5), RQSpline("nflows", 32)]
+    for rows, spline in [*((65536, spline) for spline in splines), (4096, splines[0]), (64, splines[0])]:
         options = (spline.bins, spline.code, spline.numbers)
         for inverse in (False, True):
-            case = f"{65536}x64 {spline.style} {spline.bins} bins inverse={inverse}"
+            case = f"{rows}x64 {spline.style} {spline.bins} bins inverse={inverse}"
             with report.trying("rq_spline", case):
-                _elements(report, "rq_spline", case, spline.params_per_feature, (*options, inverse))
+                _elements(report, "rq_spline", case, rows, spline.params_per_feature, (*options, inverse))
     law = ScaleLaw("tanh")
     for components in (4, 32):
         for inverse in (False, True):
             case = f"{65536}x64 {components} components inverse={inverse}"
             with report.trying("logistic_mixture", case):
                 mixture = (-7.0, law.code, law.numbers, inverse)
-                _elements(report, "logistic_mixture", case, 3 * components + 2, mixture)
+                _elements(report, "logistic_mixture", case, 65536, 3 * components + 2, mixture)
     with report.trying("dequantize", "4096x3072"):
         _dequantize(report)
 
@@ -565,7 +560,7 @@ def _dequantize(report: Report) -> None:
                     check=lambda out: relative([t[:64] for t in out], truth), bound=1e-5, graph=name == "cuda")  # fmt: skip
 
 
-def _elements(report: Report, operator: str, case: str, count: int, options: tuple[Any, ...]) -> None:
+def _elements(report: Report, operator: str, case: str, rows: int, count: int, options: tuple[Any, ...]) -> None:
     import importlib
 
     import torch
@@ -574,7 +569,7 @@ def _elements(report: Report, operator: str, case: str, count: int, options: tup
 
     torch.manual_seed(0)  # an element at the border of a bin may lie in another bin than its float64 version
     reference: Any = importlib.import_module(f"flowkernels.ops.{operator}.reference")
-    rows, features = small(65536, 8), small(64, 8)
+    rows, features = small(rows, 8), small(64, 8)
     x, grad, parameters, sums = (tensor(*s) for s in ((rows, features),) * 2 + ((rows, features, count), (rows,)))
     plain, plain_back = (getattr(reference, operator + suffix) for suffix in ("", "_backward"))
     few = slice(0, 512)
@@ -583,11 +578,10 @@ def _elements(report: Report, operator: str, case: str, count: int, options: tup
     moved, moved_back = 4.0 * x.numel() * (count + 2), 4.0 * x.numel() * (2 * count + 3)
     for name in ("cuda", "triton"):
         if (name == "cuda" or operator in _cuda.TRITON) and have(report, name, operator):
-            run, back = (_cuda._kernel(name, operator + suffix) for suffix in ("", "_backward"))
-            report.time(operator, f"forward {case}", name, partial(run, x, parameters, None, *options), moved=moved,
-                        check=lambda out: relative([t[few] for t in out], truth), bound=1e-4)  # fmt: skip
-            report.time(operator, f"backward {case}", name, partial(back, grad, sums, x, parameters, *options),
-                        check=lambda out: relative([t[few] for t in out], truth_back), bound=1e-3, moved=moved_back)  # fmt: skip
+            report.kernel(operator, f"forward {case}", name, operator, x, parameters, None, *options, moved=moved,
+                          check=lambda out: relative([t[few] for t in out], truth), bound=1e-4)  # fmt: skip
+            report.kernel(operator, f"backward {case}", name, f"{operator}_backward", grad, sums, x, parameters, *options,
+                          check=lambda out: relative([t[few] for t in out], truth_back), bound=1e-3, moved=moved_back)  # fmt: skip
     if operator == "rq_spline" or not options[-1]:  # a bisection takes seconds
         eager = partial(plain, x, parameters, None, *options)
         report.time(operator, f"forward {case}", "eager", eager, moved=moved, graph=False)

@@ -23,6 +23,8 @@ NOT_MEASURED = "not measured yet: C++ before Triton"
 LINES = {
     "affine_coupling": ("elements", ["affine_coupling"]),
     "affine_coupling_backward": ("elements", ["affine_coupling_backward"]),
+    "rq_spline": ("elements", ["rq_spline"]),
+    "rq_spline_backward": ("elements", ["rq_spline_backward"]),
     "masked_linear": ("products", ["masked_linear"]),
     "masked_linear_backward": ("products", ["masked_linear_backward"]),
     "maf": ("samples", ["maf_forward", "maf_inverse"]),
@@ -38,6 +40,8 @@ LINES = {
 _CALL: dict[str, Callable[[Sequence[Any]], tuple[int, int]]] = {
     "affine_coupling": lambda args: (0, args[0].numel()),
     "affine_coupling_backward": lambda args: (0, args[0].numel()),
+    "rq_spline": lambda args: (0, args[0].numel()),
+    "rq_spline_backward": lambda args: (0, args[0].numel()),
     "masked_linear": lambda args: (0, args[0].size(0) * args[1].numel()),
     "masked_linear_backward": lambda args: (0, args[0].size(0) * args[2].numel()),
     "maf": lambda args: (1 if args[4][2] else 0, args[0].size(0)),

@@ -449,24 +449,25 @@ def check_logistic_mixture(
 ) -> None:  # fmt: skip
     """Components as narrow and as far apart as random parameters make them."""
     named = ScaleLaw(law)
-    x, parameters = _elements(rows, features, 3 * components + 2, device)
     options = (-7.0, named.code, named.numbers, inverse)
-    name = f"logistic_mixture {rows} x {features} of {components} {law} inverse={inverse} {dtype}"
-    inputs = (1.5 * x, 0.5 * parameters)
-    _check_elements(name, "logistic_mixture", kernels, logistic_mixture, inputs, options, dtype)
+    count = 3 * components + 2
+    check_elements(
+        "logistic_mixture", kernels, logistic_mixture, rows, features, count, options, dtype, spread=0.5, device=device
+    )
 
 
-def _elements(rows: int, features: int, count: int, device: str) -> tuple[Tensor, Tensor]:
-    shapes = (rows, features), (rows, features, count)
-    return tuple(random_tensor(s, torch.float64, seed=i, device=device) for i, s in enumerate(shapes))  # type: ignore[return-value]
-
-
-def _check_elements(
-    name: str, operator: str, kernels: Any, plain: Any, inputs: Sequence[Tensor], options: Sequence[Any],
-    dtype: torch.dtype,
+def check_elements(
+    operator: str, kernels: Any, plain: Any, rows: int, features: int, count: int, options: Sequence[Any],
+    dtype: torch.dtype, *, spread: float = 1.0, device: str = "cpu",
 ) -> None:  # fmt: skip
-    """Values and gradients of an operator on (x, parameters), with and without a running log-det."""
-    given = [t.to(dtype) for t in inputs]
+    """Values and gradients of an operator on (x, parameters), with and without a running log-det.
+
+    An element has `count` parameters of size `spread`.
+    """
+    name = f"{operator} {rows} x {features} of {count} {options} {dtype}"
+    shapes = (rows, features), (rows, features, count)
+    inputs = [random_tensor(s, torch.float64, seed=i, device=device) for i, s in enumerate(shapes)]
+    given = [(1.5 * inputs[0]).to(dtype), (spread * inputs[1]).to(dtype)]
     x = given[0]
     shapes = x.shape, x.shape[:1], x.shape[:1]
     rest = [random_tensor(s, dtype, seed=5 + i, device=x.device) for i, s in enumerate(shapes)]

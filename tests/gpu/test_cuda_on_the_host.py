@@ -18,6 +18,7 @@ from cases import (
     check_affine,
     check_dequantize,
     check_element_layouts,
+    check_elements,
     check_gumbel_argmax,
     check_logistic_mixture,
     check_maf,
@@ -343,8 +344,10 @@ def test_rq_spline(host_kernels: Any, style: str, inverse: bool) -> None:
     "shape", [(0, 5), (5, 0), (1, 1), (700, 1), (300, 2), (41, 33), (17, 64), (5, 130), (2, 1025), (1, 2100)], ids=str
 )
 def test_rq_spline_shapes(host_kernels: Any, shape: tuple[int, int]) -> None:
+    spline = RQSpline("nflows", 3)
     for dtype in FLOATS:
-        check_rq_spline(host_kernels, *shape, 3, dtype, "nflows", False)
+        options = (spline.bins, spline.code, spline.numbers, False)
+        check_elements("rq_spline", host_kernels, rq_spline, *shape, spline.params_per_feature, options, dtype)
 
 
 def test_rq_spline_of_most_bins(host_kernels: Any) -> None:

@@ -87,6 +87,7 @@ def test_auto_goes_by_the_table(table: Callable[..., None]) -> None:
 
 def test_the_table_does_not_make_kernels(machine: pytest.MonkeyPatch, table: Callable[..., None]) -> None:
     """What it names first and cannot be had gives way to the other, which is said."""
+    machine.setattr(_cuda, "has_kernel", lambda *what: what != ("triton", "maf_spline"))
     table(A_GPU={"capability": [9, 0], "choices": CHOICES})
     name, why = _cuda.choose("maf_spline", "auto", ("maf_spline_inverse", 5))
     assert name == "cuda"
@@ -124,6 +125,8 @@ def test_calls_know_their_line_and_size(machine: pytest.MonkeyPatch, no_memory: 
     calls = {
         ("affine_coupling", "affine_coupling", 30): (x, x, x),
         ("affine_coupling_backward", "affine_coupling_backward", 30): (x, two, x, x, x),
+        ("rq_spline", "rq_spline", 30): (x, torch.zeros(6, 5, 14)),
+        ("rq_spline_backward", "rq_spline_backward", 30): (x, two, x, torch.zeros(6, 5, 14)),
         ("masked_linear", "masked_linear", 210): (x, weight),
         ("masked_linear_backward", "masked_linear_backward", 210): (torch.zeros(6, 7), x, weight),
         ("maf", "maf_forward", 6): (x, [], [], [], forward),
@@ -293,7 +296,10 @@ def test_explain_names_every_family(
     assert "99 KB of shared memory" in text
 
 
-def test_explain_says_up_to_which_size(table: Callable[..., None], small_device: None) -> None:
+def test_explain_says_up_to_which_size(
+    machine: pytest.MonkeyPatch, table: Callable[..., None], small_device: None
+) -> None:
+    machine.setattr(_cuda, "has_kernel", lambda *what: what != ("triton", "maf_spline"))
     table(A_GPU={"capability": [9, 0], "choices": CHOICES})
     text = "\n".join(_cuda.explain())
     why = "(measured on A GPU: somewhere.json)"
