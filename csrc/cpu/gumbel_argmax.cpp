@@ -23,7 +23,7 @@ struct ArgmaxArguments {
 namespace fk {
 
 static std::tuple<Tensor, Tensor, Tensor> gumbel_argmax(const Tensor& logits, const Tensor& seed, int64_t stream,
-                                                 int64_t samples) {
+                                                        int64_t samples) {
   const int64_t rows = logits.size(0), classes = logits.size(1);
   Tensor index = new_empty(logits, {rows, samples}, ScalarType::Long), log_prob = new_empty(logits, {rows, samples}),
          normaliser = new_empty(logits, {rows, 2});
