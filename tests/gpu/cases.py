@@ -256,12 +256,6 @@ def _late_residual() -> Plan:
     return Plan(masks, residual=[None, None, 0], activation="tanh")
 
 
-def _ordered() -> Plan:
-    return Plan(made_masks(13, [20, 18], shuffled=True)).on(
-        torch.randperm(13, generator=torch.Generator().manual_seed(3))
-    )
-
-
 def _wide_step() -> Plan:
     """Three features at once, then three that see them: one step has more units than a chain takes."""
     first = torch.ones(70, 6) * (torch.arange(6) < 3)
@@ -294,7 +288,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "ten_layers": lambda: Plan(made_masks(6, [8] * 9), activation="softplus"),
     "residual_context": _residual,
     "late_residual": _late_residual,
-    "ordered": _ordered,
+    "between_permutations": lambda: between_permutations(Plan(made_masks(13, [20, 18], shuffled=True))),
     "wide_step": _wide_step,
     "blocked_layout": _blocked,
 }

@@ -84,6 +84,8 @@ def maf() -> None:
             check_maf(kernels, [PLANS[plan]()], samples, torch.float32, inverse)
         check_maf(kernels, [Plan(made_masks(16, [70]), activation="tanh")], 70, torch.float64, inverse)
         check_maf(kernels, [PLANS["small"]()], 0, torch.float32, inverse)
+        for weights in (torch.float16, torch.bfloat16):
+            check_maf(kernels, [PLANS["two_layers"]()], 5, torch.float32, inverse, weights=weights)
         laws = [ScaleLaw("tanh", bound=1.5), ScaleLaw("sigmoid", floor=0.1)]
         check_maf(kernels, [PLANS["small"](), PLANS["small"]()], 3, torch.float32, inverse, law=laws)
         for activation in ACTIVATIONS:

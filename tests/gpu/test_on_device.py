@@ -131,6 +131,26 @@ def test_rq_spline(name: str, dtype: torch.dtype) -> None:
     check_rq_spline(kernels, 4000, 64, 8, dtype, "linear", False, device="cuda")
 
 
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_maf_of_halves(name: str, weights: torch.dtype) -> None:
+    """Weights in halves, all else in float32."""
+    kernels = kernels_of(name, "maf")
+    for inverse in (True, False):
+        for plan in ("several_blocks", "residual_context", "ten_layers"):
+            check_maf(kernels, [PLANS[plan]()], 70, torch.float32, inverse, weights=weights, device="cuda")
+    flow = fk.models.MAF(20, (40, 40), 2).to("cuda", weights)
+    z = torch.randn(70, 20, device="cuda", dtype=weights)
+    with fk.use_backend(name):
+        x, logdet = flow.inverse(z)
+        x.float().square().sum().backward()
+    assert (x.dtype, logdet.dtype) == (weights, torch.float32)
+    assert all(p.grad is not None and p.grad.dtype == weights for p in flow.parameters())
+    with fk.use_backend("reference"), torch.no_grad():
+        exact, _ = flow.double().inverse(z.double())
+    assert torch.allclose(x.double(), exact, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_maf_of_images(name: str) -> None:
     kernels_of(name, "maf")

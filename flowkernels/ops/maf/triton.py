@@ -99,19 +99,19 @@ def rows_kernel(
     height = tl.load(record + all_rows, mask=real, other=0)
     depth = tl.minimum(tl.load(record + 2 * all_rows, mask=real, other=0), to)
     deepest = tl.max(depth, 0).to(tl.int32)
-    total = tl.zeros((R, N), packed_ptr.dtype.element_ty)
+    total = tl.zeros((R, N), state_ptr.dtype.element_ty)
     for begin in range(0, deepest, K):
         k = begin + tl.arange(0, K)
         w = tl.load(
             packed_ptr + base[:, None] + k[None, :] * height[:, None], mask=k[None, :] < depth[:, None], other=0.0
-        )
+        ).to(total.dtype)
         a = tl.load(
             state_ptr + (columns + k[:, None]) * stride + n, mask=(k[:, None] < deepest) & (n < samples), other=0.0
         )
         total = tl.dot(w, a, total, input_precision=PRECISION, out_dtype=total.dtype)
     inside = real[:, None] & (n < samples)
     if not BACKWARD:
-        total += tl.load(packed_ptr + tl.load(layer_ptr + BIAS) + r, mask=real, other=0.0)[:, None]
+        total += tl.load(packed_ptr + tl.load(layer_ptr + BIAS) + r, mask=real, other=0.0).to(total.dtype)[:, None]
         if CONTEXTS:
             column = tl.load(layer_ptr + CONTEXT)
             at = column + tl.load(table_ptr + tl.load(layer_ptr + PERM) + r, mask=real, other=0)
@@ -239,7 +239,7 @@ def advance(
             k = k0 + tl.arange(0, K)
             w = tl.load(
                 packed_ptr + base[:, None] + k[None, :] * height[:, None], mask=k[None, :] < depth[:, None], other=0.0
-            )
+            ).to(total.dtype)
             a = tl.load(
                 state_ptr + (columns + k[:, None]) * stride + n[None, :],
                 mask=(k[:, None] < column1) & (n[None, :] < samples), other=0.0,
@@ -654,9 +654,13 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         style: {"LAW": SPLINES.value + code, "NUMBERS": options_of(code, numbers, 8), "FORM": 0, "PER": per}
         for style, code, numbers, per in COMPILED
     }
-    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
-        pointers = {**{f"{n}_ptr": f"*{name}" for n in names}, **indices, **sizes, "mask_ptr": "*u8"}
-        style = "zuko" if name == "fp32" else "linear"
+    for name, dtype, stored, style in (
+        ("fp32", torch.float32, "fp32", "zuko"),
+        ("fp64", torch.float64, "fp64", "linear"),
+        ("fp32 of bf16", torch.float32, "bf16", "nflows"),
+    ):
+        pointers = {**{f"{n}_ptr": f"*{name[:4]}" for n in names}, **indices, **sizes, "mask_ptr": "*u8"}
+        pointers |= {"packed_ptr": f"*{stored}", "weight_ptr": f"*{stored}"}
         transforms = {"affine": affine, style: splines[style]}
         for backward in (False, True):
             for rows in (16, 1024):
