@@ -16,13 +16,15 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -645,19 +647,33 @@ print("FINISHED")
 
 
 def tests(report: Report) -> None:
-    """The whole GPU test suite."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-x" if os.environ.get("FK_GPU_STOP") else "-q", "tests"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    log(done.stdout[-6000:], done.stderr[-2000:])
-    closing = (done.stdout.strip().splitlines() or ["nothing was printed"])[-1]
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    """The whole GPU test suite, in as many processes as there are cores for: most of its time Triton compiles."""
+    count = max(1, min(8, (os.cpu_count() or 2) // 2))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
+        running = [
+            subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, "FK_SHARD": f"{i}/{count}"})
+            for i, out in enumerate(logs)
+        ]
+        codes = [process.wait() for process in running]
+        texts = []
+        for out in logs:
+            out.seek(0)
+            texts.append(out.read())
+    totals: dict[str, int] = {}
+    for text in texts:
+        log(text[-3000:])
+        closing = (text.strip().splitlines() or [""])[-1]
+        for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", closing):
+            totals[what] = totals.get(what, 0) + int(number)
+    failed = [line for text in texts for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    summary = ", ".join(f"{number} {what}" for what, number in totals.items()) or "nothing was run"
     report.add(
         family="tests",
         case="pytest -m gpu",
-        variant=closing,
-        **({"failed": failed[:40] or closing} if done.returncode else {}),
+        variant=summary,
+        **({"failed": failed[:40] or f"exit statuses {codes}"} if any(codes) else {}),
     )
 
 
@@ -736,6 +752,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def run_for(command: Sequence[str], seconds: float) -> str:
+    """What went wrong with a command, or nothing. Processes that it has started end with it: they would spoil the times of
+    the next."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        code = process.wait(seconds)
+        return f"exit status {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        return "ran out of time"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def dry() -> list[dict[str, Any]]:
     """The rows of every part that times kernels, each taken once on the CPU and of small tensors."""
     global DRY, DEVICE
@@ -790,13 +821,8 @@ def main() -> int:
                 rows.append({"family": name, "case": "all", "variant": "-", "failed": "no time left"})
                 continue
             command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--json", str(path)]
-            problem = ""
             started = time.monotonic()
-            try:
-                code = subprocess.run(command, cwd=ROOT, timeout=min(left, PARTS[name][1])).returncode
-                problem = f"exit status {code}" if code else ""
-            except subprocess.TimeoutExpired:
-                problem = "ran out of time"
+            problem = run_for(command, min(left, PARTS[name][1]))
             rows += json.loads(path.read_text()) if path.exists() else []
             if problem:
                 rows.append({"family": name, "case": "the rest", "variant": "-", "failed": problem})

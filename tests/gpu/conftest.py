@@ -17,6 +17,14 @@ def missing(reason: str) -> None:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """FK_SHARD=i/n: every n-th test from the i-th on. `make gpu` runs n processes, with or without pytest-xdist."""
+    shard = os.environ.get("FK_SHARD")
+    if shard:
+        i, n = map(int, shard.split("/"))
+        items[:] = items[i::n]
+
+
 @pytest.fixture(scope="session")
 def nvcc() -> str:
     import build

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_choices
+from benchmarks import gpu, gpu_choices
 from flowkernels import _cuda, _gpu_choices
 
 HERE = Path(__file__).parent
@@ -149,3 +150,29 @@ def test_help() -> None:
 def test_without_a_device() -> None:
     with pytest.raises(AssertionError, match="torch sees no CUDA device; nothing was run"):
         run("-m", "benchmarks.gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they would run")
+def test_every_test_is_in_one_of_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device all of them skip."""
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("CI", "")
+    report = gpu.Report(tmp_path / "tests.json")
+    gpu.tests(report)
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "tests/gpu"],
+        cwd=gpu.ROOT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    (row,) = report.rows
+    assert row["variant"] == f"{collected.count('::')} skipped"
+
+
+def test_a_part_that_takes_too_long_ends_with_all_it_started(tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    inner = f"import time; time.sleep(2); open({str(left)!r}, 'w')"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    assert gpu.run_for([sys.executable, "-c", outer], 0.5) == "ran out of time"
+    assert gpu.run_for([sys.executable, "-c", "raise SystemExit(3)"], 20) == "exit status 3"
+    assert gpu.run_for([sys.executable, "-c", ""], 20) == ""
+    time.sleep(2)
+    assert not left.exists()
