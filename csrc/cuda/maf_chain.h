@@ -28,9 +28,9 @@ struct BlockMeta {
   short task_panel[kSlots];
   int task_from[kSlots], task_to[kSlots];
   unsigned char up_to[kChainLayers][kBlockRows + 1];
-  signed char source[kChainLayers][kBlockRows];  // the row of this block that a residual connection adds, or one of
+  signed char source[kChainLayers][kBlockRows];  // the row of the block that a residual connection adds, or:
 };
-inline constexpr signed char kNoSource = -1, kEarlier = -2;
+inline constexpr signed char kNoSource = -1, kEarlier = -2;  // none, or one of an earlier block
 static_assert(kBlockRows / 2 <= kWarp, "a lane has one feature at most, which has two parameters");
 
 template <class T, bool Backward>
