@@ -248,4 +248,41 @@ void launch_elements(const OnDevice& device, const char* name, void (*kernel)(El
   launch(device, name, kernel, blocks_for(a.rows, a.rows_per_block), warps * kWarp, shared(warps), a, op);
 }
 
+// y and the log-det of an operator: start.operator()<T>(device, call) launches its kernel.
+template <class Start>
+std::tuple<Tensor, Tensor> run_elements(const Tensor& x, const Tensor& parameters, const std::optional<Tensor>& logdet,
+                                        Start&& start) {
+  const OnDevice device(x);
+  Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)});
+  std::optional<Tensor> running;
+  if (logdet) running = as_contiguous(*logdet);
+  dispatch_float(x, [&]<class T>() {
+    ElementCall<T> call = element_call<T>(x, parameters);
+    call.logdet_in = data_or_null<T>(running);
+    call.out = static_cast<T*>(y.mutable_data_ptr());
+    call.logdet = static_cast<T*>(total.mutable_data_ptr());
+    start.template operator()<T>(device, call);
+  });
+  return {y, total};
+}
+
+// The gradients of x and of the parameters; x is the input of the direction that was run.
+template <class Start>
+std::tuple<Tensor, Tensor> run_elements_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
+                                                 const Tensor& parameters, Start&& start) {
+  const OnDevice device(x);
+  Tensor grad_x = new_empty(x, {x.size(0), x.size(1)}),
+         grad_parameters = new_empty(x, {x.size(0), x.size(1), parameters.size(2)});
+  const Tensor grad_rows = as_contiguous(grad_logdet);
+  dispatch_float(x, [&]<class T>() {
+    ElementCall<T> call = element_call<T>(x, parameters);
+    call.grad_y = element_view<T>(grad_y);
+    call.grad_logdet = static_cast<const T*>(grad_rows.const_data_ptr());
+    call.out = static_cast<T*>(grad_x.mutable_data_ptr());
+    call.grad_parameters = static_cast<T*>(grad_parameters.mutable_data_ptr());
+    start.template operator()<T>(device, call);
+  });
+  return {grad_x, grad_parameters};
+}
+
 }  // namespace fk

@@ -53,42 +53,24 @@ void with_mixture(const Tensor& x, const Tensor& parameters, double min_log_scal
 std::tuple<Tensor, Tensor> logistic_mixture(const Tensor& x, const Tensor& parameters,
                                             const std::optional<Tensor>& logdet, double min_log_scale, int64_t law,
                                             const std::vector<double>& law_parameters, bool inverse) {
-  const OnDevice device(x);
-  Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)});
-  std::optional<Tensor> running;
-  if (logdet) running = as_contiguous(*logdet);
-  dispatch_float(x, [&]<class T>() {
+  return run_elements(x, parameters, logdet, [&]<class T>(const OnDevice& device, const ElementCall<T>& call) {
     with_mixture<T>(x, parameters, min_log_scale, law, law_parameters, inverse, [&]<class Op>(const Op& op) {
-      ElementCall<T> a = element_call<T>(x, parameters);
-      a.logdet_in = data_or_null<T>(running);
-      a.out = static_cast<T*>(y.mutable_data_ptr());
-      a.logdet = static_cast<T*>(total.mutable_data_ptr());
-      launch_elements(device, "logistic_mixture", element_kernel<T, Op>, a, op, op.options.components);
+      launch_elements(device, "logistic_mixture", element_kernel<T, Op>, call, op, op.options.components);
     });
   });
-  return {y, total};
 }
 
 // x is the input of the forward direction in both cases: the inverse's output.
 std::tuple<Tensor, Tensor> logistic_mixture_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
                                                      const Tensor& parameters, double min_log_scale, int64_t law,
                                                      const std::vector<double>& law_parameters, bool inverse) {
-  const OnDevice device(x);
-  Tensor grad_x = new_empty(x, {x.size(0), x.size(1)}),
-         grad_parameters = new_empty(x, {x.size(0), x.size(1), parameters.size(2)});
-  const Tensor grad_rows = as_contiguous(grad_logdet);
-  dispatch_float(x, [&]<class T>() {
-    with_mixture<T>(x, parameters, min_log_scale, law, law_parameters, inverse, [&]<class Op>(const Op& op) {
-      ElementCall<T> a = element_call<T>(x, parameters);
-      a.grad_y = element_view<T>(grad_y);
-      a.grad_logdet = static_cast<const T*>(grad_rows.const_data_ptr());
-      a.out = static_cast<T*>(grad_x.mutable_data_ptr());
-      a.grad_parameters = static_cast<T*>(grad_parameters.mutable_data_ptr());
-      launch_elements(device, "logistic_mixture_backward", element_backward_kernel<T, Op>, a, op,
-                      op.options.components);
-    });
-  });
-  return {grad_x, grad_parameters};
+  return run_elements_backward(
+      grad_y, grad_logdet, x, parameters, [&]<class T>(const OnDevice& device, const ElementCall<T>& call) {
+        with_mixture<T>(x, parameters, min_log_scale, law, law_parameters, inverse, [&]<class Op>(const Op& op) {
+          launch_elements(device, "logistic_mixture_backward", element_backward_kernel<T, Op>, call, op,
+                          op.options.components);
+        });
+      });
 }
 
 }  // namespace fk

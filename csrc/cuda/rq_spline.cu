@@ -45,45 +45,27 @@ SplineOptions<T> spline_options(const Tensor& x, const Tensor& parameters, int64
 
 std::tuple<Tensor, Tensor> rq_spline(const Tensor& x, const Tensor& parameters, const std::optional<Tensor>& logdet,
                                      int64_t bins, int64_t style, const std::vector<double>& numbers, bool inverse) {
-  const OnDevice device(x);
-  Tensor y = new_empty(x, {x.size(0), x.size(1)}), total = new_empty(x, {x.size(0)});
-  std::optional<Tensor> running;
-  if (logdet) running = as_contiguous(*logdet);
-  dispatch_float(x, [&]<class T>() {
+  return run_elements(x, parameters, logdet, [&]<class T>(const OnDevice& device, const ElementCall<T>& call) {
     const SplineOptions<T> options = spline_options<T>(x, parameters, bins, style, numbers);
-    ElementCall<T> a = element_call<T>(x, parameters);
-    a.logdet_in = data_or_null<T>(running);
-    a.out = static_cast<T*>(y.mutable_data_ptr());
-    a.logdet = static_cast<T*>(total.mutable_data_ptr());
     dispatch_spline(options.style, inverse, [&]<SplineStyle S, bool Inverse>() {
       using Op = SplineForward<S, Inverse, T>;
-      launch_elements(device, "rq_spline", element_kernel<T, Op>, a, Op{options});
+      launch_elements(device, "rq_spline", element_kernel<T, Op>, call, Op{options});
     });
   });
-  return {y, total};
 }
 
 std::tuple<Tensor, Tensor> rq_spline_backward(const Tensor& grad_y, const Tensor& grad_logdet, const Tensor& x,
                                               const Tensor& parameters, int64_t bins, int64_t style,
                                               const std::vector<double>& numbers, bool inverse) {
-  const OnDevice device(x);
-  Tensor grad_x = new_empty(x, {x.size(0), x.size(1)}),
-         grad_parameters = new_empty(x, {x.size(0), x.size(1), parameters.size(2)});
-  const Tensor grad_rows = as_contiguous(grad_logdet);
-  dispatch_float(x, [&]<class T>() {
-    const SplineOptions<T> options = spline_options<T>(x, parameters, bins, style, numbers);
-    ElementCall<T> a = element_call<T>(x, parameters);
-    a.grad_y = element_view<T>(grad_y);
-    a.grad_logdet = static_cast<const T*>(grad_rows.const_data_ptr());
-    a.out = static_cast<T*>(grad_x.mutable_data_ptr());
-    a.grad_parameters = static_cast<T*>(grad_parameters.mutable_data_ptr());
-    dispatch_spline(options.style, inverse, [&]<SplineStyle S, bool Inverse>() {
-      using Op = SplineBackward<S, Inverse, T>;
-      launch_elements(device, "rq_spline_backward", element_backward_kernel<T, Op>, a, Op{options},
-                      Op::kInPlace ? 0 : 2 * options.bins);
-    });
-  });
-  return {grad_x, grad_parameters};
+  return run_elements_backward(
+      grad_y, grad_logdet, x, parameters, [&]<class T>(const OnDevice& device, const ElementCall<T>& call) {
+        const SplineOptions<T> options = spline_options<T>(x, parameters, bins, style, numbers);
+        dispatch_spline(options.style, inverse, [&]<SplineStyle S, bool Inverse>() {
+          using Op = SplineBackward<S, Inverse, T>;
+          launch_elements(device, "rq_spline_backward", element_backward_kernel<T, Op>, call, Op{options},
+                          Op::kInPlace ? 0 : 2 * options.bins);
+        });
+      });
 }
 
 }  // namespace fk
