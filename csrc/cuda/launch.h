@@ -10,6 +10,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <mutex>
+
 #include "cpu/tensor.h"
 
 #if defined(FK_HOST_SHIM)
@@ -63,7 +65,11 @@ void launch(const OnDevice& device, const char* name, void (*kernel)(Parameters.
   (void)device;
   host_shim::run(name, blocks, threads, shared, [&] { kernel(arguments...); });
 #else
+  // The limit is the kernel's, not the launch's: another thread must not change it in between.
+  static std::mutex limits;
+  std::unique_lock<std::mutex> lock(limits, std::defer_lock);
   if (shared > 48 * 1024) {
+    lock.lock();
     const cudaError_t set =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     STD_TORCH_CHECK(set == cudaSuccess, name, ": ", shared, " bytes of shared memory: ", cudaGetErrorString(set));

@@ -68,7 +68,10 @@ Tensor maf_pack(const std::vector<Tensor>& parameters, const std::vector<Tensor>
                   masks.size());
   Tensor packed = new_empty(parameters[0], {size});
   std::vector<Tensor> contiguous;
-  for (const Tensor& p : parameters) contiguous.push_back(torch::stable::contiguous(p));
+  for (const Tensor& p : parameters) {
+    STD_TORCH_CHECK(p.scalar_type() == packed.scalar_type(), "parameters must be of one type");
+    contiguous.push_back(torch::stable::contiguous(p));
+  }
   dispatch_storage(parameters[0], [&]<class T, class>() {
     PackCall<T> call{};
     call.table = table_of(table);
@@ -100,7 +103,8 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
                   " bytes of shared memory for a thread block, this device has ", device.shared_memory());
   const int64_t wanted = ((work + state) * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
   const int64_t shared = wanted < limit ? wanted : limit;
-  const int64_t most = 4 * static_cast<int64_t>(device.multiprocessors());
+  // With scratch memory no more than run at once: each has its own.
+  const int64_t most = (wanted > limit ? 1 : 4) * static_cast<int64_t>(device.multiprocessors());
   const int64_t blocks = tiles < most ? tiles : most;
   call.shared_bytes = static_cast<int>(shared);
   call.scratch_per_block = wanted > limit ? state : 0;
@@ -113,14 +117,14 @@ void launch_maf(const OnDevice& device, MafDeviceCall<T>& call, const Tensor& li
 
 template <class T>
 Weights<T> weights_of(const Tensor& packed) {
-  switch (packed.scalar_type()) {
-    case ScalarType::Half:
-      return {packed.const_data_ptr(), Stored::float16};
-    case ScalarType::BFloat16:
-      return {packed.const_data_ptr(), Stored::bfloat16};
-    default:
-      return {packed.const_data_ptr(), Stored::whole};
+  const ScalarType type = packed.scalar_type();
+  if constexpr (std::is_same_v<T, float>) {
+    if (type == ScalarType::Half) return {packed.const_data_ptr(), Stored::float16};
+    if (type == ScalarType::BFloat16) return {packed.const_data_ptr(), Stored::bfloat16};
   }
+  STD_TORCH_CHECK(type == (std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double),
+                  "packed weights must be of the input's type, or halves for float32");
+  return {packed.const_data_ptr(), Stored::whole};
 }
 
 // The transform as flowkernels/transforms.py names it: laws count from 0, then come the splines; always six numbers.

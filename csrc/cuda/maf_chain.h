@@ -67,6 +67,7 @@ struct ChainTile : DeviceTile<T, Backward, false> {
     // Lane p: panel p % 3 of layer p / 3.
     const int l = lane / kPanelsPerLayer, i = lane % kPanelsPerLayer;
     int far = 0, height = 0, depth = 0;
+    int64_t offset = 0;
     if (l < net.layers) {
       const DeviceLayer<T>& layer = net.layer[l];
       const int p = static_cast<int>(layer.group[b + 1]) + i;
@@ -77,11 +78,12 @@ struct ChainTile : DeviceTile<T, Backward, false> {
         far = b ? static_cast<int>(layer.columns_up_to[before]) : 0;
         far = far < depth ? far : depth;
         height = static_cast<int>(panel.height);
-        meta.offset[lane] = panel.offset;
+        offset = panel.offset;
         meta.depth[lane] = near < depth ? near : depth;
       }
     }
     if (lane < kMaxBlockPanels) {
+      meta.offset[lane] = offset;
       meta.height[lane] = height;
       meta.stored[lane] = depth;
       meta.far[lane] = far;

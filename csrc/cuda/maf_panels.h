@@ -24,6 +24,7 @@ template <class W>
 __device__ inline void panel_on_tensor_cores(const W* weights, int height, const float* columns, int from, int to,
                                              float* out, int rows) {
   constexpr int S = kSamples<float>, kSteps = 2, kLoads = 2 * kSteps, kColumns = 8 * kSteps, kAhead = 2;
+  constexpr bool kWhole = !std::is_same_v<W, float>;
   static_assert(S == 8 && kPanelRows == 16);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, group = lane / 4, in_group = lane % 4;
   // Lanes of rows that a lower panel lacks take its first ones; nobody asks for their sums.
@@ -37,11 +38,17 @@ __device__ inline void panel_on_tensor_cores(const W* weights, int height, const
     Tf32Operand<2> b[kSteps];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      a[i / 2].set(i % 2 * 2, batch[i].x);
-      a[i / 2].set(i % 2 * 2 + 1, batch[i].y);
+      const int at = i % 2 * 2;
+      if constexpr (kWhole) {
+        a[i / 2].set_whole(at, batch[i].x);
+        a[i / 2].set_whole(at + 1, batch[i].y);
+      } else {
+        a[i / 2].set(at, batch[i].x);
+        a[i / 2].set(at + 1, batch[i].y);
+      }
       b[i / 2].set(i % 2, exists(i) ? c[4 * i * S] : 0.0f);
     }
-    multiply_add<!std::is_same_v<W, float>>(sum, a, b);
+    multiply_add<kWhole>(sum, a, b);
   };
   // What is no whole batch comes first.
   float2 first[kLoads] = {}, ahead[kAhead][kLoads];

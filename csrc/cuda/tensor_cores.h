@@ -59,19 +59,21 @@ struct Tf32Operand {
     high[i] = (math::float_bits(v) + 0x1000u) & 0xffffe000u;
     low[i] = math::float_bits(v - math::bits_float(high[i]));
   }
+  // Of what was half a float: all its bits are high ones. Rounded, a NaN, which a device gives all bits, would be zero.
+  __device__ void set_whole(int i, float v) { high[i] = math::float_bits(v); }
 };
 
 // sum += the products of some steps, with an error like that of float32: three of the four products of the parts, the
-// small ones first; the fourth would be below float32's last place, and of the three one is zero where `a` was half a
-// float before, which its high part holds whole. Tensor cores cut off where float32 rounds, which adds up over a long
-// sum, so the steps' own sum is added outside them (Ootomo and Yokota 2022, arXiv:2203.03341).
-template <bool WholeInHigh = false, int Steps>
+// small ones first; the fourth would be below float32's last place, and two are enough where `a` was half a float
+// before, `Whole`. Tensor cores cut off where float32 rounds, which adds up over a long sum, so the steps' own sum is
+// added outside them (Ootomo and Yokota 2022, arXiv:2203.03341).
+template <bool Whole = false, int Steps>
 __device__ inline void multiply_add(float (&sum)[4], const Tf32Operand<4> (&a)[Steps],
                                     const Tf32Operand<2> (&b)[Steps]) {
   float steps[4] = {};
 #pragma unroll
   for (int i = 0; i < Steps; ++i) {
-    if constexpr (!WholeInHigh) mma_tf32(steps, a[i].low, b[i].high);
+    if constexpr (!Whole) mma_tf32(steps, a[i].low, b[i].high);
     mma_tf32(steps, a[i].high, b[i].low);
   }
 #pragma unroll

@@ -31,6 +31,7 @@ from cases import (
 from torch import Tensor
 
 import flowkernels as fk
+from flowkernels.ops import maf
 from flowkernels.ops.logistic_mixture import reference as logistic_mixture
 from flowkernels.ops.maf import cuda as maf_cuda
 from flowkernels.ops.masked_linear import cuda as masked_linear_cuda
@@ -117,9 +118,50 @@ def test_maf_of_halves(host_kernels: Any, weights: torch.dtype) -> None:
         )
 
 
+def test_a_nan_among_weights_in_halves_stays_one(host_kernels: Any) -> None:
+    """As a device converts it, with all bits set: not one of them may be rounded away."""
+    plan = PLANS["several_blocks"]()
+    for weights in (torch.float16, torch.bfloat16):
+        parameters = [torch.full(s, 0.01, dtype=weights) for mask in plan.masks for s in (mask.shape, mask.shape[:1])]
+        parameters[0][plan.masks[0].nonzero().unbind(1)] = torch.nan
+        packed = host_kernels.maf_pack(parameters, plan.masks, plan.forward_table, plan.packed_sizes[0])
+        named = code_and_numbers(ScaleLaw("exp"))
+        for call in (host_kernels.maf_forward, host_kernels.maf_inverse):
+            y, _ = call(torch.ones(2, plan.features), None, packed, plan.forward_table, *named, 0, None)
+            assert y[:, 1:].isnan().all()
+
+
+def test_types_that_do_not_fit(host_kernels: Any) -> None:
+    plan = PLANS["small"]()
+    parameters = [torch.zeros(s) for mask in plan.masks for s in (mask.shape, mask.shape[:1])]
+    packed = host_kernels.maf_pack(parameters, plan.masks, plan.forward_table, plan.packed_sizes[0])
+    named = code_and_numbers(ScaleLaw("exp"))
+    for x, weights in ((torch.ones(2, 5).double(), packed), (torch.ones(2, 5), packed.double())):
+        with pytest.raises(RuntimeError, match="packed weights must be of the input's type, or halves for float32"):
+            host_kernels.maf_inverse(x, None, weights, plan.forward_table, *named, 0, None)
+    with pytest.raises(RuntimeError, match="packed weights must be of the input's type"):
+        host_kernels.maf_inverse(torch.ones(2, 5).double(), None, packed.half(), plan.forward_table, *named, 0, None)
+    with pytest.raises(RuntimeError, match="parameters must be of one type"):
+        host_kernels.maf_pack(
+            [parameters[0].half(), *parameters[1:]], plan.masks, plan.forward_table, plan.packed_sizes[0]
+        )
+
+
+def test_shapes_that_do_not_fit() -> None:
+    """On a GPU the plan lies on the device: they are checked before."""
+    plan = PLANS["residual_context"]()
+    step = maf.Step(plan, [], torch.zeros(3, plan.context_width), ScaleLaw("exp"), "scale_shift", False)
+    maf._check_fits(torch.zeros(3, 7), step)
+    with pytest.raises(ValueError, match=r"x must have shape \(N, 7\), got \(3, 8\)"):
+        maf._check_fits(torch.zeros(3, 8), step)
+    with pytest.raises(ValueError, match=r"context must have shape \(2, \d+\), got \(3, \d+\)"):
+        maf._check_fits(torch.zeros(2, 7), step)
+    with pytest.raises(ValueError, match=r"context must have shape \(3, \d+\), got None"):
+        maf._check_fits(torch.zeros(3, 7), step._replace(context=None))
+
+
 def test_a_flow_in_halves(host_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a flow's halves to the kernels and of their gradients back, with kernels built for the host."""
-    from flowkernels.ops import maf
     from flowkernels.ops.maf import autograd, pack
 
     packed_in: list[torch.dtype] = []
@@ -155,6 +197,12 @@ def test_a_flow_in_halves(host_kernels: Any, monkeypatch: pytest.MonkeyPatch) ->
             assert ours.dtype == torch.bfloat16
             torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
     assert set(packed_in) == {torch.bfloat16}
+    # Parameters of several types have nothing to be kept for.
+    mixed = [p if i % 2 else p.detach().float().requires_grad_() for i, p in enumerate(parameters)]
+    y, _ = maf.run_chain(z, [maf.Step(plan, mixed, None, ScaleLaw("softplus"), "scale_shift", False)])
+    grads = torch.autograd.grad(y.float().sum(), mixed)
+    assert [g.dtype for g in grads] == [p.dtype for p in mixed]
+    assert packed_in[-1] == torch.float32
 
 
 @pytest.mark.parametrize(("law", "form"), [*((n, f) for n in NAMES for f in FORMS[:2]), ("sigmoid", "gate")])

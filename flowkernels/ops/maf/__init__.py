@@ -100,12 +100,15 @@ def run_chain(x: Tensor, steps: Sequence[Step], *, density: bool = False) -> tup
     dtype = COMPUTE_DTYPE[x.dtype]
     reference = runs_reference(x, _form_of(steps) if x.is_cuda else "maf")
     if x.dtype != dtype:
-        keep = not reference and _takes_weights_in_halves(x)
+        keep = x.dtype if not reference and _takes_weights_in_halves(x) else None
         y, logdet = run_chain(x.to(dtype), [_in_dtype(step, dtype, keep) for step in steps], density=density)
         return y.to(x.dtype), logdet
     if reference:
         return _reference_chain(x, steps, density)
     device = x.device
+    if x.is_cuda:
+        for step in steps:
+            _check_fits(x, step)
     grad = torch.is_grad_enabled() and (x.requires_grad or any(_step_needs_grad(step) for step in steps))
     plans = [step.plan for step in steps]
     packed, packed_back = packed_weights(plans, [step.parameters for step in steps], backward=grad)
@@ -146,10 +149,23 @@ def _takes_weights_in_halves(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _in_dtype(step: Step, dtype: torch.dtype, keep_parameters: bool) -> Step:
+def _in_dtype(step: Step, dtype: torch.dtype, keep: torch.dtype | None) -> Step:
+    """`step` in `dtype`, but for parameters that are all of type `keep`."""
     context = None if step.context is None else step.context.to(dtype)
-    parameters = step.parameters if keep_parameters else [p.to(dtype) for p in step.parameters]
-    return step._replace(parameters=parameters, context=context)
+    kept = all(p.dtype == keep for p in step.parameters)
+    return step._replace(
+        parameters=step.parameters if kept else [p.to(dtype) for p in step.parameters], context=context
+    )
+
+
+def _check_fits(x: Tensor, step: Step) -> None:
+    """What the kernels of the CPU see in the plan; that of a GPU's lies on the device."""
+    plan, context = step.plan, step.context
+    if x.dim() != 2 or x.shape[1] != plan.features:
+        raise ValueError(f"x must have shape (N, {plan.features}), got {tuple(x.shape)}")
+    if plan.context_width and (context is None or context.shape != (x.shape[0], plan.context_width)):
+        got = None if context is None else tuple(context.shape)
+        raise ValueError(f"context must have shape ({x.shape[0]}, {plan.context_width}), got {got}")
 
 
 def _reference_chain(x: Tensor, steps: Sequence[Step], density: bool) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class Maf(Function):
         ctx.fixed = len(tensors) - len(contexts) - len(parameters)
         # x, contexts and parameters are kept only to say of which tensors there is no second derivative.
         ctx.save_for_backward(output[2], *packed_back, *(output[:1] if ctx.density else ()), x, *contexts, *parameters)
-        ctx.steps, ctx.parameter_dtype = len(packed_back), parameters[0].dtype
+        ctx.steps, ctx.dtypes = len(packed_back), [p.dtype for p in parameters]
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
@@ -160,9 +160,10 @@ class Maf(Function):
             contexts = tuple(p.view(samples, w) for p, w in zip(parts, ctx.context_widths, strict=True))
         parameters: list[Tensor | None] = [None] * len(needs)
         if want_parameters:
-            parts = flat.to(ctx.parameter_dtype).split([n for m in ctx.masks for n in (m.numel(), m.shape[0])])
-            for i, (part, need) in enumerate(zip(parts, needs, strict=True)):
+            parts = flat.split([n for m in ctx.masks for n in (m.numel(), m.shape[0])])
+            for i, (part, need, dtype) in enumerate(zip(parts, needs, ctx.dtypes, strict=True)):
                 if need:
+                    part = part if part.dtype == dtype else part.to(dtype)  # weights in halves
                     parameters[i] = part if i % 2 else part.view(ctx.masks[i // 2].shape)
         return grad_x, None, None, None, None, *contexts, *(None,) * ctx.fixed, *parameters
 
