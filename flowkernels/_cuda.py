@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -56,6 +56,7 @@ WRAPPED = {
 }
 
 OLDEST_CAPABILITY = (8, 0)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -81,6 +82,16 @@ def built_for() -> tuple[int, ...]:
     return tuple(int(item) for item in text.split(",") if item)
 
 
+def _constant_when_traced(function: _Function) -> _Function:
+    """torch.compile takes the result of `function` as it is then: what the library and the driver say it cannot trace.
+
+    It is `torch.compiler.assume_constant_result`, which would import the compiler together with this library.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_traced
 def why_not_cuda() -> str | None:
     """Why the CUDA C++ kernels cannot be had here, or None."""
     if not _library.is_built():
@@ -105,6 +116,7 @@ def why_not_device(index: int) -> str | None:
     )
 
 
+@_constant_when_traced
 def why_not_triton() -> str | None:
     """Why the Triton kernels cannot be had here, or None."""
     if not has_triton():

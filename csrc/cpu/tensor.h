@@ -96,7 +96,7 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> size,
                         std::optional<ScalarType> dtype = std::nullopt) {
   std::vector<int64_t> sizes(size);
   Tensor out = torch::stable::new_empty(like, sizes, dtype ? *dtype : like.scalar_type());
-  if (out.numel() > 0) advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  if (out.numel() > 0 && out.is_cpu()) advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   return out;
 }
 

@@ -233,6 +233,19 @@ def test_a_backward_is_forced_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert forced == ["triton", "triton", "auto", "auto"]
 
 
+def test_a_compiled_function_asks_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is traced with it, and what the compiled library says is nothing to trace."""
+    if not _cuda._library.is_built():
+        pytest.skip("nothing was compiled")
+    monkeypatch.setattr(_cuda, "has_kernel", lambda *_: not torch.ops.flowkernels.build_info())
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return x + len(_cuda.why_not_cuda() or "") + (0 if _cuda.why_not_triton() else 1)
+
+    expected = call(torch.zeros(2))
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(2)), expected)
+
+
 def test_functions_take_what_their_operators_give() -> None:
     """On a device the dispatcher would find out; here it has to be seen without one."""
     checked = 0

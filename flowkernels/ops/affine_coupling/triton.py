@@ -12,7 +12,7 @@ from flowkernels._triton import affine, affine_backward, next_power_of_2
 MAX_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, shift_ptr, scale_ptr, logdet_in_ptr, positions_ptr, y_ptr, logdet_ptr,
     rows, features,
@@ -45,7 +45,7 @@ def forward_kernel(
     tl.store(logdet_ptr + row, logdet, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_y_ptr, grad_logdet_ptr, x_ptr, shift_ptr, scale_ptr, positions_ptr, grad_x_ptr, grad_shift_ptr, grad_scale_ptr,
     rows, features, width,

@@ -19,7 +19,7 @@ from flowkernels.ops.gumbel_softmax.triton import MAX_BLOCK, blocks, options
 SEVERAL = {"BLOCK": 256, "SAMPLES": 16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     logits_ptr, seed_ptr, index_ptr, log_prob_ptr, normaliser_ptr, rows, classes, row, column, stream,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

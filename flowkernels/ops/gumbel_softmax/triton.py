@@ -30,7 +30,7 @@ def perturbed_window(
     return tl.where(inside, logits + noise, float("-inf")), c, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     logits_ptr, tau_ptr, seed_ptr, y_ptr, rows, classes, row, column, tau_row, stream,
     HARD: tl.constexpr, SINGLE: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -80,7 +80,7 @@ def forward_kernel(
             tl.store(y_ptr + r * classes + c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_ptr, y_ptr, tau_ptr, out_ptr, grad_tau_ptr, rows, classes, grad_row, grad_column, row, column, tau_row,
     TINY: tl.constexpr, FOR_TAU: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

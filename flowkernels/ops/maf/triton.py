@@ -42,8 +42,8 @@ from flowkernels.scales import NAMES
 # kept row of what it reads, of what it gives and of its pre-activations (backwards the slope of row r comes from the
 # kept row SLOPE - r); where in the table the rows final at each time are, the same of what it reads, the rows of its
 # residual connection and its order; the first row of the residual's source; where its bias is packed; the column of its
-# context.
-FIELDS = tl.constexpr(11)
+# context. One number more keeps all rows at multiples of 16 bytes, which Triton compiles kernels for.
+FIELDS = tl.constexpr(12)
 FIRST, COLUMNS, OUT, SLOPE, UP_TO, COLUMNS_UP_TO, RESIDUAL, PERM, SOURCE, BIAS, CONTEXT = (
     tl.constexpr(i) for i in range(11)
 )
@@ -80,8 +80,8 @@ def finish(
         tl.store(state_ptr + (out + r) * stride + n, activate(v, ACTIVATION), mask=inside)
 
 
-# Where blocks of steps begin and end is nothing to compile kernels for.
-@triton.jit(do_not_specialize=["row0", "row1", "to"])
+# Neither the size of a batch nor where blocks of steps begin and end is anything to compile kernels for.
+@triton.jit(do_not_specialize=["samples", "row0", "row1", "to"])
 def rows_kernel(
     packed_ptr, rows_ptr, layer_ptr, table_ptr, state_ptr, pre_ptr, saved_ptr, context_ptr,
     samples, stride, all_rows, context_width, row0, row1, to,
@@ -178,7 +178,7 @@ def transform_features_backward(
         tl.store(grad_x_ptr + at, grad_x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def density_kernel(
     x_ptr, y_ptr, logdet_ptr, state_ptr, perm_ptr, theta, samples, features, stride,
     LAW: tl.constexpr, NUMBERS: tl.constexpr, FORM: tl.constexpr, PER: tl.constexpr,
@@ -199,7 +199,7 @@ def density_kernel(
     tl.store(logdet_ptr + n, total, mask=n < samples)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def density_backward_kernel(
     grad_y_ptr, grad_logdet_ptr, grad_x_ptr, state_ptr, saved_ptr, perm_ptr, theta, samples, features, stride,
     LAW: tl.constexpr, NUMBERS: tl.constexpr, FORM: tl.constexpr, PER: tl.constexpr,
@@ -251,7 +251,7 @@ def advance(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["block", "end"])
+@triton.jit(do_not_specialize=["samples", "block", "end"])
 def sweep_kernel(
     packed_ptr, rows_ptr, layers_ptr, table_ptr, state_ptr, pre_ptr, saved_ptr, perm_ptr,
     x_ptr, y_ptr, logdet_ptr, theta, noise, samples, features, stride, all_rows, block, end,
@@ -381,7 +381,7 @@ class _Net:
             layers.append(
                 [
                     first, self.out[at - 1] if at else 0, self.out[at], slope, record[8],
-                    self.records[at - 1][8] if at else header[6], record[6], record[7], source, record[12], record[13],
+                    self.records[at - 1][8] if at else header[6], record[6], record[7], source, *record[12:14], 0,
                 ]
             )  # fmt: skip
             first += record[0]
@@ -390,6 +390,7 @@ class _Net:
 
 
 _nets: Any = WeakIdKeyDictionary()
+_layouts: Any = WeakIdKeyDictionary()  # of transposed nets whose forward net is not known: enough for packing
 
 
 def _net(table: Tensor, forward: _Net | None = None) -> _Net:
@@ -508,7 +509,9 @@ def _precision(dtype: torch.dtype) -> str:
 
 def maf_pack(parameters: Sequence[Tensor], masks: Sequence[Tensor], table: Tensor, size: int) -> Tensor:
     # A transposed net's layout is read on its own here: slopes are none of packing's business.
-    net = _nets.get(table) or _Net(table)
+    net = _nets.get(table) or _layouts.get(table)
+    if net is None:
+        net = _layouts[table] = _Net(table)
     packed = parameters[0].new_zeros(size)
     first = 0
     for at, record in enumerate(net.records):

@@ -19,7 +19,7 @@ from flowkernels._triton import INTERPRETED, activate
 from flowkernels.ops.masked_linear.degrees import sorted_degrees
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, in_ptr, out_ptr, depth_ptr, samples, inputs, outputs, x_row, x_column, w_row, w_column,
     ACTIVATION: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,7 +50,7 @@ def forward_kernel(
     tl.store(y_ptr + m[:, None] * outputs + row[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def input_gradient_kernel(
     grad_ptr, w_ptr, out_grad_ptr, in_ptr, out_ptr, depth_ptr, first_ptr, samples, inputs, outputs,
     grad_row, grad_column, w_row, w_column,
@@ -78,7 +78,7 @@ def input_gradient_kernel(
     tl.store(out_grad_ptr + m[:, None] * inputs + column[None, :], total.to(out_grad_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def weight_gradient_kernel(
     grad_ptr, x_ptr, out_w_ptr, out_b_ptr, in_ptr, out_ptr, depth_ptr, samples, inputs, outputs,
     grad_row, grad_column, x_row, x_column,

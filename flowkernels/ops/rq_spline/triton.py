@@ -19,7 +19,7 @@ ELEMENTS = 4096 if INTERPRETED else 128
 _LAUNCH = {"num_warps": 4, **REGISTERS}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, parameters_ptr, logdet_in_ptr, y_ptr, logdet_ptr,
     rows, features, x_row, x_column, parameters_row, parameters_column, parameters_step,
@@ -43,7 +43,7 @@ def forward_kernel(
     tl.store(logdet_ptr + row, logdet, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     grad_y_ptr, grad_logdet_ptr, x_ptr, parameters_ptr, grad_x_ptr, grad_parameters_ptr,
     rows, features, count,
