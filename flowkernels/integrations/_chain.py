@@ -84,6 +84,8 @@ class Run:
     def __call__(self, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
         if not isinstance(x, Tensor) or x.dim() != 2 or any(n != x.shape[1] for n in self.lengths):
             return None
+        if not (x.is_cpu or x.is_cuda):
+            return None
         if self.order is not None and self.order.device != x.device:
             self.order, self.back = self.order.to(x.device), self.order.argsort().to(x.device)
         if inverse and self.back is not None:

@@ -118,6 +118,15 @@ def test_float32() -> None:
     assert_close_as_peer(peer, fast, there_and_back, [x, z])
 
 
+def test_another_device_leaves_the_order_alone(calls: list[int]) -> None:
+    peer = composite(*"mpm")
+    fast = fk.accelerate(copy.deepcopy(peer))
+    x = torch.randn(6, 5, dtype=torch.double)
+    assert_same_error(peer, fast, lambda m: m(x.to("meta")))
+    assert_same(fast(x), peer(x))
+    assert calls == [2]
+
+
 def test_what_is_the_identity_costs_nothing(calls: list[int]) -> None:
     """Two reversals undo each other: nothing is permuted at the end."""
     fast = fk.accelerate(composite(*"rmrm"))
