@@ -342,3 +342,13 @@ def gumbel_window(seed, stream, first, COMPUTE: tl.constexpr, ROWS: tl.constexpr
     if tl.float32 == COMPUTE:
         v = tl.minimum(v, 0.99999994)
     return -tl.log(-log1p(-v))
+
+
+@triton.jit
+def store_logdet(total, logdet_in_ptr, logdet_ptr, rows, RUNNING: tl.constexpr, ROWS: tl.constexpr):
+    """The log-dets of a program's ROWS rows: sums over the columns of `total`, and what they were before if RUNNING."""
+    logdet = tl.sum(total, 1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if RUNNING:
+        logdet += tl.load(logdet_in_ptr + row, mask=row < rows, other=0.0)
+    tl.store(logdet_ptr + row, logdet, mask=row < rows)

@@ -321,8 +321,7 @@ class Plan:
     def on(self, order: Tensor) -> Plan:
         """This network between permutations: its feature i is column ``order[i]`` of what goes in and comes out.
 
-        For the CPU's kernels, Triton's and the reference; CUDA C++ does not read it. Shares all else, packed weights
-        too.
+        Shares all else, packed weights too.
         """
         placed = object.__new__(Plan)
         placed.__dict__ = {**self.__dict__, "order": order, "_on_device": {}}

@@ -3,12 +3,9 @@
 // A row belongs to one warp, or to a whole block when rows are few or very wide. The log-det is summed per thread over
 // a fixed set of features and then across threads in a fixed order, so the same input gives the same bits.
 #include "common/affine_by_name.h"
-#include "cuda/launch.h"
+#include "cuda/row.h"
 
 namespace fk {
-
-inline constexpr int kThreads = 256;
-inline constexpr int kWarps = kThreads / kWarp;
 
 template <class S, class T>
 struct AffineCall {
@@ -84,11 +81,9 @@ __device__ inline void store_columns(const View<S>& to, int64_t r, const int64_t
 }
 
 template <class S, class T, bool Masked>
-__global__ void __launch_bounds__(kThreads) affine_coupling_kernel(const AffineCall<S, T> a) {
-  __shared__ T partial[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t r = a.wide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  const int thread = a.wide ? static_cast<int>(threadIdx.x) : lane, threads = a.wide ? kThreads : kWarp;
+__global__ void __launch_bounds__(kRowThreads) affine_coupling_kernel(const AffineCall<S, T> a) {
+  __shared__ T partial[kRowWarps];
+  const auto [r, thread, threads] = row_thread(a.wide);
   T total = T(0);
   if (r < a.rows) {
     for (int64_t c = thread * kPer<S>; c < a.features; c += threads * kPer<S>) {
@@ -119,10 +114,8 @@ __global__ void __launch_bounds__(kThreads) affine_coupling_kernel(const AffineC
 }
 
 template <class S, class T, bool Masked>
-__global__ void __launch_bounds__(kThreads) affine_coupling_backward_kernel(const AffineCall<S, T> a) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t r = a.wide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  const int thread = a.wide ? static_cast<int>(threadIdx.x) : lane, threads = a.wide ? kThreads : kWarp;
+__global__ void __launch_bounds__(kRowThreads) affine_coupling_backward_kernel(const AffineCall<S, T> a) {
+  const auto [r, thread, threads] = row_thread(a.wide);
   if (r >= a.rows) return;
   const T grad_logdet = a.grad_logdet[r];
   for (int64_t c = thread * kPer<S>; c < a.features; c += threads * kPer<S>) {
@@ -209,7 +202,7 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift,
     a.wide = wide_rows(device, rows, features);
     launch(device, "affine_coupling",
            positions ? affine_coupling_kernel<S, T, true> : affine_coupling_kernel<S, T, false>,
-           a.wide ? blocks_for(rows, 1) : blocks_for(rows, kWarps), kThreads, 0, a);
+           row_blocks(rows, a.wide), kRowThreads, 0, a);
   });
   return {y, total};
 }
@@ -240,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& grad_y
     a.wide = wide_rows(device, rows, features);
     launch(device, "affine_coupling_backward",
            positions ? affine_coupling_backward_kernel<S, T, true> : affine_coupling_backward_kernel<S, T, false>,
-           a.wide ? blocks_for(rows, 1) : blocks_for(rows, kWarps), kThreads, 0, a);
+           row_blocks(rows, a.wide), kRowThreads, 0, a);
   });
   return {grad_x, grad_shift, grad_scale};
 }

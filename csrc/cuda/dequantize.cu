@@ -4,12 +4,9 @@
 #include "common/dequantize.h"
 
 #include "common/philox.h"
-#include "cuda/launch.h"
+#include "cuda/row.h"
 
 namespace fk {
-
-inline constexpr int kDequantizeThreads = 256;
-inline constexpr int kDequantizeWarps = kDequantizeThreads / kWarp;
 
 template <class T>
 struct DequantizeCall {
@@ -60,11 +57,12 @@ __device__ inline void store_four(T* to, const T (&from)[4], int64_t first, int6
 }
 
 template <class T, class X>
-__global__ void __launch_bounds__(kDequantizeThreads) dequantize_kernel(const DequantizeCall<T> a) {
-  __shared__ T partial[kDequantizeWarps];
+__global__ void __launch_bounds__(kRowThreads) dequantize_kernel(const DequantizeCall<T> a) {
+  __shared__ T partial[kRowWarps];
+  // As `row_thread`, in a form that takes a register less: with it the kernel for float64 spills one.
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t r = a.wide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kDequantizeWarps + threadIdx.x / kWarp;
-  const int thread = a.wide ? static_cast<int>(threadIdx.x) : lane, threads = a.wide ? kDequantizeThreads : kWarp;
+  const int64_t r = a.wide ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
+  const int thread = a.wide ? static_cast<int>(threadIdx.x) : lane, threads = a.wide ? kRowThreads : kWarp;
   if (r >= a.rows) return;  // the whole warp, or the whole block
   const RandomStream stream{a.noise ? 0 : static_cast<std::uint64_t>(*a.seed), static_cast<std::uint64_t>(a.stream)};
   const int64_t begin = r * a.features, end = begin + a.features;
@@ -124,7 +122,7 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& x, const std::optional<Tenso
     a.packs = (bytes ? holds_packs(static_cast<const std::uint8_t*>(a.x)) : holds_packs(static_cast<const T*>(a.x))) &&
               holds_packs(a.noise) && holds_packs(a.y);
     launch(device, "dequantize", bytes ? dequantize_kernel<T, std::uint8_t> : dequantize_kernel<T, T>,
-           blocks_for(rows, a.wide ? 1 : kDequantizeWarps), kDequantizeThreads, 0, a);
+           row_blocks(rows, a.wide), kRowThreads, 0, a);
   });
   return {y, logdet};
 }

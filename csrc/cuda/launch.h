@@ -154,22 +154,6 @@ __device__ inline T warp_sum(T v) {
   return v;
 }
 
-// Over the threads of a row: a warp, or the block if rows are `wide`; `partial` has room for a number of each warp.
-template <class T>
-__device__ inline T row_sum(T v, bool wide, T* partial) {
-  v = warp_sum(v);
-  if (!wide) return v;
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  v = T(0);
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) v += partial[w];
-  return v;
-}
-
-inline bool wide_rows(const OnDevice& device, int64_t rows, int64_t features) {
-  return features > 4096 || (features > 512 && rows < 16 * static_cast<int64_t>(device.multiprocessors()));
-}
-
 // Calls f.template operator()<Storage, Compute>() for the tensor's type.
 template <class F>
 void dispatch_storage(const Tensor& t, F&& f) {

@@ -14,6 +14,11 @@ inline bool is_wide(const OnDevice& device, int64_t rows, int64_t columns) {
          (columns > 256 && rows < 16 * static_cast<int64_t>(device.multiprocessors()));
 }
 
+// Of what is read once and kept nowhere.
+inline bool wide_rows(const OnDevice& device, int64_t rows, int64_t features) {
+  return features > 4096 || (features > 512 && rows < 16 * static_cast<int64_t>(device.multiprocessors()));
+}
+
 inline int64_t row_blocks(int64_t rows, bool wide) { return blocks_for(rows, wide ? 1 : kRowWarps); }
 
 // Which of the threads of which row this one is.
@@ -33,6 +38,18 @@ __device__ inline void sync_row(bool wide) {
     __syncthreads();
   else
     __syncwarp();
+}
+
+// Over the threads of a row: a warp, or the block if rows are `wide`; `partial` has room for kRowWarps numbers.
+template <class T>
+__device__ inline T row_sum(T v, bool wide, T* partial) {
+  v = warp_sum(v);
+  if (!wide) return v;
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  v = T(0);
+  for (int w = 0; w < kRowWarps; ++w) v += partial[w];
+  return v;
 }
 
 // What the lane that differs in the bits of `step` holds.

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels._checks import COMPUTE_DTYPE
-from flowkernels._triton import affine, affine_backward, next_power_of_2
+from flowkernels._triton import affine, affine_backward, next_power_of_2, store_logdet
 
 MAX_BLOCK = 1024
 
@@ -38,11 +38,7 @@ def forward_kernel(
             y = tl.where(live, y, x)
         tl.store(y_ptr + r * features + c, y.to(y_ptr.dtype.element_ty), mask=inside)
         total += tl.where(live, one, 0.0)
-    logdet = tl.sum(total, 1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if RUNNING:
-        logdet += tl.load(logdet_in_ptr + row, mask=row < rows, other=0.0)
-    tl.store(logdet_ptr + row, logdet, mask=row < rows)
+    store_logdet(total, logdet_in_ptr, logdet_ptr, rows, RUNNING, ROWS)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -158,11 +158,15 @@ def _in_dtype(step: Step, dtype: torch.dtype, keep: torch.dtype | None) -> Step:
     )
 
 
+def _check_columns(name: str, x: Tensor, plan: Plan) -> None:
+    if x.dim() != 2 or x.shape[1] != plan.features:
+        raise ValueError(f"{name} must have shape (N, {plan.features}), got {tuple(x.shape)}")
+
+
 def _check_fits(x: Tensor, step: Step) -> None:
     """What the kernels of the CPU see in the plan; that of a GPU's lies on the device."""
     plan, context = step.plan, step.context
-    if x.dim() != 2 or x.shape[1] != plan.features:
-        raise ValueError(f"x must have shape (N, {plan.features}), got {tuple(x.shape)}")
+    _check_columns("x", x, plan)
     if plan.context_width and (context is None or context.shape != (x.shape[0], plan.context_width)):
         got = None if context is None else tuple(context.shape)
         raise ValueError(f"context must have shape ({x.shape[0]}, {plan.context_width}), got {got}")
@@ -194,8 +198,7 @@ def _check(
     check_float_tensor(name, x)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a flowkernels.plan.Plan, got {type(plan).__name__}")
-    if x.dim() != 2 or x.shape[1] != plan.features:
-        raise ValueError(f"{name} must have shape (N, {plan.features}), got {tuple(x.shape)}")
+    _check_columns(name, x, plan)
     if len(parameters) != 2 * len(plan.masks):
         raise ValueError(
             f"parameters must hold {2 * len(plan.masks)} tensors, a weight and a bias for each of "

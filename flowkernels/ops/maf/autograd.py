@@ -126,7 +126,7 @@ class Maf(Function):
         ctx.fixed = len(tensors) - len(contexts) - len(parameters)
         # x, contexts and parameters are kept only to say of which tensors there is no second derivative.
         ctx.save_for_backward(output[2], *packed_back, *(output[:1] if ctx.density else ()), x, *contexts, *parameters)
-        ctx.steps, ctx.dtypes = len(packed_back), [p.dtype for p in parameters]
+        ctx.steps = len(packed_back)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
@@ -161,9 +161,10 @@ class Maf(Function):
         parameters: list[Tensor | None] = [None] * len(needs)
         if want_parameters:
             parts = flat.split([n for m in ctx.masks for n in (m.numel(), m.shape[0])])
-            for i, (part, need, dtype) in enumerate(zip(parts, needs, ctx.dtypes, strict=True)):
+            weights = inputs[1 + ctx.context_count :]
+            for i, (part, need, weight) in enumerate(zip(parts, needs, weights, strict=True)):
                 if need:
-                    part = part if part.dtype == dtype else part.to(dtype)  # weights in halves
+                    part = part if part.dtype == weight.dtype else part.to(weight.dtype)  # weights in halves
                     parameters[i] = part if i % 2 else part.view(ctx.masks[i // 2].shape)
         return grad_x, None, None, None, None, *contexts, *(None,) * ctx.fixed, *parameters
 

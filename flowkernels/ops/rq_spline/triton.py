@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkernels._checks import COMPUTE_DTYPE
-from flowkernels._triton import INTERPRETED, next_power_of_2
+from flowkernels._triton import INTERPRETED, next_power_of_2, store_logdet
 from flowkernels._triton_splines import COMPILED, REGISTERS, options_of, spline, spline_backward
 
 # Elements of a program: one for each of its lanes. Interpreted, a program costs the same whatever its size.
@@ -36,11 +36,7 @@ def forward_kernel(
         y, one = spline(x, of_element, parameters_step, inside, INVERSE, STYLE, OPTIONS)
         tl.store(y_ptr + r * features + c, y.to(y_ptr.dtype.element_ty), mask=inside)
         total += tl.where(inside, one, 0.0)
-    logdet = tl.sum(total, 1)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if RUNNING:
-        logdet += tl.load(logdet_in_ptr + row, mask=row < rows, other=0.0)
-    tl.store(logdet_ptr + row, logdet, mask=row < rows)
+    store_logdet(total, logdet_in_ptr, logdet_ptr, rows, RUNNING, ROWS)
 
 
 @triton.jit(do_not_specialize=["rows"])
